@@ -1,0 +1,38 @@
+"""A finished video in memory, and the metadata that lets it be made again."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipedit.core.errors import InvalidRequestError
+from pipedit.core.request import VideoRequest
+from pipedit.media import VideoMetadata, check_output, open_writer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Video:
+    """`frames` is uint8 [F, H, W, 3]; `request` holds everything needed to make it again; `seconds` is time per stage."""
+
+    frames: "np.ndarray[Any, np.dtype[np.uint8]]"
+    request: VideoRequest
+    metadata: VideoMetadata
+    seconds: dict[str, float]
+
+    @property
+    def fps(self) -> float:
+        assert self.request.fps is not None
+        return self.request.fps
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the video; the ending decides the format (.mp4, .gif, .png, .npy). Raises InvalidRequestError."""
+        if problems := check_output(Path(path)):
+            raise InvalidRequestError(problems)
+        num_frames, height, width, _ = self.frames.shape
+        writer = open_writer(
+            Path(path), width=width, height=height, fps=self.fps, num_frames=num_frames, metadata=self.metadata
+        )
+        with writer:
+            writer.write(self.frames)
+        return Path(path)

@@ -1,0 +1,196 @@
+"""What a model family declares, and the three stages it can load. Strategies use these words and no model's name.
+
+An adapter is made from a checkpoint's config files alone, without torch, so that input can be checked and costs
+predicted before anything heavy is imported. The stages hold weights and are loaded where they run.
+
+Shape legend: B batch, S latent tokens, T text tokens, N heads, C latent channels, F latent frames, H W latent size.
+"""
+
+import abc
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pipedit.core.request import RequestDefaults, VideoRequest
+from pipedit.models.checkpoint import Checkpoint
+from pipedit.plan.costs import RequestCost
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+class QueryKeyNorm(enum.StrEnum):
+    """Over what q and k are normalised: decides how finely the projections can be pipelined by heads."""
+
+    NONE = "none"
+    PER_HEAD = "per_head"
+    ALL_HEADS = "all_heads"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionSite:
+    """One self-attention that a sequence-parallel strategy can attach to.
+
+    `path` is the module inside the transformer; `joint_text` says that text tokens take part as queries and keys
+    (after the latent tokens), as in HunyuanVideo.
+    """
+
+    path: str
+    layer: int
+    heads: int
+    head_dim: int
+    query_key_norm: QueryKeyNorm
+    joint_text: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenLayout:
+    """How a request's tokens are laid out: `latent_frames` x `rows` x `columns` latent tokens in that order, then
+    `text_tokens`. `text_is_joint`: the text is in the same attention as the latents; else it is cross-attended.
+    `text_is_masked`: padding text is no key; else it is (Wan's zeros)."""
+
+    latent_frames: int
+    rows: int
+    columns: int
+    text_tokens: int
+    text_is_joint: bool
+    text_is_masked: bool
+
+    @property
+    def latent_tokens(self) -> int:
+        return self.latent_frames * self.rows * self.columns
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSplit:
+    """How a transformer falls into front / layers / back, as prefixes of parameter names inside it."""
+
+    front: tuple[str, ...]
+    layers: tuple[str, ...]  # one prefix a layer, in order of execution
+    back: tuple[str, ...]
+
+    def wanted(self, layers: range | None) -> tuple[str, ...]:
+        """Prefixes that a rank with these layers needs. The first range brings the front, the last one the back."""
+        if layers is None:
+            return (*self.front, *self.layers, *self.back)
+        assert layers.step == 1 and 0 <= layers.start < layers.stop <= len(self.layers), layers
+        front = self.front if layers.start == 0 else ()
+        back = self.back if layers.stop == len(self.layers) else ()
+        return (*front, *self.layers[layers.start : layers.stop], *back)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SizeRules:
+    """Legal sizes: num_frames = frame_step * n + 1, height and width multiples of `size_multiple`."""
+
+    frame_step: int
+    size_multiple: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Data types by part, as torch names: "float32", "bfloat16", "float16"."""
+
+    text_encoder: str
+    transformer: str
+    vae: str
+
+
+class TextStage(Protocol):
+    """Prompt -> conditioning tensors. The dictionary's keys are the adapter's own business."""
+
+    def encode(self, request: VideoRequest) -> dict[str, "torch.Tensor"]: ...
+
+
+class DenoiseStage(Protocol):
+    """Noise -> clean latents, one step at a time. The state belongs to one request."""
+
+    def begin(self, request: VideoRequest, conditioning: dict[str, "torch.Tensor"]) -> Any:
+        """Draws the whole noise from the request's seed on the CPU and prepares the noise scheduler."""
+
+    def step(self, state: Any, index: int) -> None: ...
+
+    def compile_layers(self) -> None:
+        """torch.compile of the repeated layers only: one compilation serves all of them."""
+
+    def latents(self, state: Any) -> "torch.Tensor":
+        """The latents [1, C, F, H, W] in float32 as they are after the last step done."""
+
+
+class DecodeStage(Protocol):
+    """Clean latents -> frames, chunk by chunk in order. The state belongs to one request."""
+
+    def begin(self, request: VideoRequest, latents: "torch.Tensor") -> Any: ...
+
+    def chunk(self, state: Any, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+        """Frames of chunk `index`, [frames, height, width, 3] uint8."""
+
+
+class ModelAdapter(abc.ABC):
+    """One model family over one checkpoint. Subclasses declare; nothing here knows of ranks or strategies."""
+
+    family: ClassVar[str]
+    pipeline_classes: ClassVar[tuple[str, ...]]  # `_class_name` in model_index.json
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    # -- what a request may look like ---------------------------------------------------------------------------
+
+    @property
+    def defaults(self) -> RequestDefaults:
+        """What the family publishes, overridden by `pipedit.json` in the model folder where there is one."""
+        return dataclasses.replace(self.published_defaults, **self.checkpoint.own_defaults())
+
+    @property
+    @abc.abstractmethod
+    def published_defaults(self) -> RequestDefaults: ...
+
+    @property
+    @abc.abstractmethod
+    def size_rules(self) -> SizeRules: ...
+
+    def extra_problems(self, request: VideoRequest) -> list[str]:
+        """Problems that only this model has (a setting that it lacks, ...). The general ones are checked elsewhere."""
+        return []
+
+    def clean_prompt(self, prompt: str) -> str:
+        """The prompt as the text stage tokenizes it."""
+        return prompt
+
+    @abc.abstractmethod
+    def weighted_components(self) -> Sequence[str]:
+        """Components that hold weights, in the order in which a request uses them."""
+
+    @abc.abstractmethod
+    def default_precision(self, device_type: str) -> Precision: ...
+
+    # -- how the work falls apart -------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def token_layout(self, request: VideoRequest) -> TokenLayout: ...
+
+    @abc.abstractmethod
+    def attention_sites(self) -> Sequence[AttentionSite]: ...
+
+    @abc.abstractmethod
+    def layer_split(self) -> LayerSplit: ...
+
+    @abc.abstractmethod
+    def num_decode_chunks(self, request: VideoRequest) -> int: ...
+
+    @abc.abstractmethod
+    def cost(self, request: VideoRequest, precision: Precision) -> RequestCost: ...
+
+    # -- the stages ---------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def load_text_stage(self, device: str, precision: Precision) -> TextStage: ...
+
+    @abc.abstractmethod
+    def load_denoise_stage(self, device: str, precision: Precision, layers: range | None = None) -> DenoiseStage: ...
+
+    @abc.abstractmethod
+    def load_decode_stage(self, device: str, precision: Precision, *, tiling: bool = False) -> DecodeStage: ...

@@ -1,0 +1,189 @@
+"""From what a user calls a model to its adapter: the embedded model, a folder, a hub id, or one of our short names.
+
+Reads config files only. Weights are fetched (for hub models) by `fetch_weights`, after the input was checked.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.resources
+import os
+import re
+from pathlib import Path
+
+from pipedit.core.errors import CheckpointError, InvalidRequestError
+from pipedit.models.adapter import ModelAdapter
+from pipedit.models.checkpoint import MODEL_INDEX, Checkpoint
+
+EMBEDDED = "tiny"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_CONFIGS = ["*.json", "*.txt", "tokenizer*/*"]
+_WEIGHTS = ["*.safetensors"]
+# Adapter classes as text, so that naming a model imports nothing.
+_ADAPTERS = {
+    "WanPipeline": "pipedit.models.wan:WanAdapter",
+    "HunyuanVideoPipeline": "pipedit.models.hunyuan_video:HunyuanVideoAdapter",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KnownModel:
+    """A model that pipedit knows by a short name."""
+
+    alias: str
+    hub_id: str | None  # None: inside the package
+    family: str
+    title: str
+    licence: str
+
+
+KNOWN_MODELS = (
+    KnownModel(
+        alias=EMBEDDED,
+        hub_id=None,
+        family="wan",
+        title="embedded model: simple shapes that move, 64x64, runs anywhere",
+        licence="Apache-2.0",
+    ),
+    KnownModel(
+        alias="wan2.1-t2v-1.3b",
+        hub_id="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        family="wan",
+        title="Wan 2.1 text to video, 1.3B",
+        licence="Apache-2.0",
+    ),
+    KnownModel(
+        alias="wan2.1-t2v-14b",
+        hub_id="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        family="wan",
+        title="Wan 2.1 text to video, 14B",
+        licence="Apache-2.0",
+    ),
+    KnownModel(
+        alias="wan2.2-t2v-a14b",
+        hub_id="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        family="wan",
+        title="Wan 2.2 text to video, two 14B experts",
+        licence="Apache-2.0",
+    ),
+    KnownModel(
+        alias="wan2.2-ti2v-5b",
+        hub_id="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        family="wan",
+        title="Wan 2.2 5B, text-to-video mode",
+        licence="Apache-2.0",
+    ),
+    KnownModel(
+        alias="hunyuanvideo",
+        hub_id="hunyuanvideo-community/HunyuanVideo",
+        family="hunyuan_video",
+        title="HunyuanVideo text to video, 13B",
+        licence="Tencent Hunyuan Community: excludes EU, UK and South Korea, terms above 100 M monthly users",
+    ),
+)
+
+
+def open_model(name: str) -> ModelAdapter:
+    """The adapter of a model. Raises InvalidRequestError for a name that means nothing, CheckpointError for a folder
+    that is not a model. For hub models that are not cached yet, downloads the config files (not the weights)."""
+    checkpoint = _find(name)
+    target = _ADAPTERS.get(checkpoint.pipeline_class)
+    if target is None:
+        raise InvalidRequestError(
+            [
+                f"model {name} is a {checkpoint.pipeline_class or 'folder without a pipeline class'}; "
+                f"supported pipelines are {', '.join(_ADAPTERS)}{_nearest(checkpoint.pipeline_class, list(_ADAPTERS))}"
+            ]
+        )
+    module, _, attribute = target.partition(":")
+    adapter: ModelAdapter = getattr(importlib.import_module(module), attribute)(checkpoint)
+    return adapter
+
+
+def fetch_weights(adapter: ModelAdapter) -> None:
+    """Makes sure that every weight file is on disk; downloads what is missing for hub models."""
+    components = [name for name in adapter.weighted_components() if adapter.checkpoint.has(name)]
+    try:
+        for component in components:
+            adapter.checkpoint.weights(component)
+    except CheckpointError:
+        hub_id = _hub_id(adapter.checkpoint.name)
+        if hub_id is None:
+            raise
+        _download(hub_id, [*_CONFIGS, *_WEIGHTS])
+
+
+def cached_folder(hub_id: str) -> Path | None:
+    """Where the hub cache holds the model, or None. Asks no network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def embedded_folder() -> Path:
+    """The embedded model's folder inside the installed package."""
+    return Path(str(importlib.resources.files("pipedit") / "assets" / "tiny-wan"))
+
+
+def _find(name: str) -> Checkpoint:
+    if name == EMBEDDED:
+        return Checkpoint(folder=embedded_folder(), name=name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / MODEL_INDEX).is_file():
+            raise InvalidRequestError([_not_a_pipeline(folder)])
+        return Checkpoint(folder=folder, name=name)
+    hub_id = _hub_id(name)
+    if hub_id is None or (os.sep in name and name.startswith((".", "/", "~"))):
+        aliases = [model.alias for model in KNOWN_MODELS]
+        raise InvalidRequestError(
+            [
+                f"model {name!r} is neither a folder, nor a hub id (owner/name), nor a known name "
+                f"({', '.join(aliases)}){_nearest(name.lower(), aliases)}"
+            ]
+        )
+    cached = cached_folder(hub_id)
+    return Checkpoint(folder=cached or _download(hub_id, _CONFIGS), name=name)
+
+
+def _hub_id(name: str) -> str | None:
+    for model in KNOWN_MODELS:
+        if name.lower() == model.alias:
+            return model.hub_id
+    return name if _HUB_ID.fullmatch(name) else None
+
+
+def _download(hub_id: str, patterns: list[str]) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        known = [model.hub_id for model in KNOWN_MODELS if model.hub_id]
+        raise InvalidRequestError(
+            [
+                f"model {hub_id} is not in the local cache and could not be downloaded "
+                f"({type(error).__name__}){_nearest(hub_id, known)}; check the name and the network, or give a folder"
+            ]
+        ) from error
+
+
+def _nearest(name: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close and close[0] != name else ""
+
+
+def _not_a_pipeline(folder: Path) -> str:
+    pickles = sorted(file.name for pattern in ("*.ckpt", "*.pt", "*.pth", "*.bin") for file in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{folder} holds pickled weights ({pickles[0]}) and no {MODEL_INDEX}; pickles can run code and are refused: "
+            "give the model in diffusers format with safetensors"
+        )
+    return f"{folder} holds no {MODEL_INDEX}; give a folder in diffusers format (the hub ids that end in -Diffusers)"

@@ -1,0 +1,32 @@
+"""Text encoders from transformers, loaded by its own streaming loader."""
+
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from pipedit.core.errors import CheckpointError
+from pipedit.models.adapter import Precision
+from pipedit.models.checkpoint import Checkpoint
+
+EncoderT = TypeVar("EncoderT", bound=PreTrainedModel)
+
+
+def load_text_encoder(
+    cls: type[EncoderT], checkpoint: Checkpoint, component: str, device: str, precision: Precision
+) -> EncoderT:
+    """The component in eval mode on `device`. transformers reads safetensors tensor by tensor onto the device and
+    knows the renames between its versions, so its loader is used rather than ours. Pickled weights are refused, and
+    so are missing ones, which transformers would fill with random numbers."""
+    checkpoint.weights(component)
+    encoder, report = cls.from_pretrained(
+        checkpoint.path(component),
+        dtype=getattr(torch, precision.text_encoder),
+        device_map={"": device},
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{component}: {len(missing)} tensors are missing, {missing[0]} among them")
+    return encoder.eval().requires_grad_(False)

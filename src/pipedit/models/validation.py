@@ -1,0 +1,118 @@
+"""Is a request legal for a model? Every problem at once, in the user's words, before anything heavy is imported."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from pipedit.core.request import MAX_SEED, VideoRequest
+from pipedit.models.adapter import ModelAdapter
+
+_COUNTS = ("num_inference_steps", "max_sequence_length")
+_SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
+
+
+def check_request(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
+    """Problems of a completed request (see `VideoRequest.complete`); an empty list means that it can run."""
+    return [
+        *_type_problems(request),
+        *_size_problems(request, adapter),
+        *_number_problems(request),
+        *_prompt_problems(request, adapter),
+        *adapter.extra_problems(request),
+    ]
+
+
+def _type_problems(request: VideoRequest) -> list[str]:
+    problems = []
+    for field in dataclasses.fields(VideoRequest):
+        value = getattr(request, field.name)
+        kinds: tuple[type, ...] = (int, float) if "float" in str(field.type) else (int,)
+        if "str" in str(field.type):
+            kinds = (str,)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            problems.append(f"{field.name}={value!r} should be {' or '.join(kind.__name__ for kind in kinds)}")
+    return problems
+
+
+def _size_problems(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
+    rules, problems = adapter.size_rules, []
+    frames, step = request.num_frames, rules.frame_step
+    if isinstance(frames, int) and (frames < 1 or (frames - 1) % step):
+        problems.append(f"num_frames={frames} is not {step}n+1; the nearest are {_nearest_text(frames - 1, step, 0, 1)}")
+    for name in ("height", "width"):
+        size = getattr(request, name)
+        if isinstance(size, int) and (size < 1 or size % rules.size_multiple):
+            near = _nearest_text(size, rules.size_multiple, rules.size_multiple, 0)
+            problems.append(f"{name}={size} is not a multiple of {rules.size_multiple}; the nearest are {near}")
+    return problems
+
+
+def _nearest_text(value: int, step: int, least: int, offset: int) -> str:
+    below = max(value // step * step, least)
+    above = max(below + step, least)
+    return f"{below + offset} and {above + offset}"
+
+
+def _number_problems(request: VideoRequest) -> list[str]:
+    problems = []
+    for name in _COUNTS:
+        value = getattr(request, name)
+        if isinstance(value, int) and value < 1:
+            problems.append(f"{name}={value} must be at least 1")
+    for name in _SCALES:
+        value = getattr(request, name)
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+            problems.append(f"{name}={value} must be a number of at least 0")
+    for name in ("fps", "flow_shift"):
+        value = getattr(request, name)
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and value > 0):
+            problems.append(f"{name}={value} must be above 0")
+    if isinstance(request.seed, int) and not 0 <= request.seed <= MAX_SEED:
+        problems.append(f"seed={request.seed} must lie between 0 and 2^63 - 1")
+    return problems
+
+
+def _prompt_problems(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
+    problems = []
+    if isinstance(request.prompt, str) and not request.prompt.strip():
+        problems.append("the prompt is empty; say what the video should show")
+    for name in ("prompt", "negative_prompt"):
+        text = getattr(request, name)
+        limit = request.max_sequence_length
+        if isinstance(text, str) and isinstance(limit, int) and limit > 0 and (rest := _cut_off(adapter, text, limit)):
+            problems.append(
+                f"the {name.replace('_', ' ')} is longer than {limit} tokens; this would be cut: {_shorten(rest)}"
+            )
+    return problems
+
+
+def _cut_off(adapter: ModelAdapter, text: str, limit: int) -> str:
+    """The end of the text that does not fit into `limit` tokens, "" if all of it does."""
+    # Every token covers at least one byte, so that most prompts need no tokenizer (real ones take a second to load).
+    if len(text.encode()) + 2 <= limit:
+        return ""
+    tokenizer = _load_tokenizer(adapter.checkpoint.path("tokenizer"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    encoding = tokenizer.encode(adapter.clean_prompt(text))
+    if len(encoding.ids) <= limit:
+        return ""
+    specials = sum(encoding.special_tokens_mask)
+    offsets = [o for o, special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True) if not special]
+    return adapter.clean_prompt(text)[offsets[limit - specials][0] :]
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder).backend_tokenizer
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.split())
+    return f'"{text}"' if len(text) <= 80 else f'"{text[:77]}..."'

@@ -1,0 +1,216 @@
+"""What the Wan family declares. Torch-free; the stages that hold weights are in `stages.py`."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from pipedit.core.request import RequestDefaults, VideoRequest
+from pipedit.models.adapter import (
+    AttentionSite,
+    DecodeStage,
+    DenoiseStage,
+    LayerSplit,
+    ModelAdapter,
+    Precision,
+    QueryKeyNorm,
+    SizeRules,
+    TextStage,
+    TokenLayout,
+)
+from pipedit.models.wan import costs
+from pipedit.plan.costs import PartBytes, RequestCost
+from pipedit.plan.precision import element_bytes
+
+LAYER_SPLIT_FRONT = ("patch_embedding", "condition_embedder")
+LAYER_SPLIT_BACK = ("proj_out", "scale_shift_table")
+
+
+class WanAdapter(ModelAdapter):
+    """Wan in diffusers format: one `transformer`, or two experts that a noise boundary separates."""
+
+    family: ClassVar[str] = "wan"
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("WanPipeline",)
+
+    @property
+    def transformer_config(self) -> dict[str, Any]:
+        return self.checkpoint.config("transformer")
+
+    @property
+    def vae_config(self) -> dict[str, Any]:
+        return self.checkpoint.config("vae")
+
+    @property
+    def has_two_experts(self) -> bool:
+        return self.checkpoint.has("transformer_2") and self.boundary_ratio is not None
+
+    @property
+    def boundary_ratio(self) -> float | None:
+        ratio = self.checkpoint.index.get("boundary_ratio")
+        return None if ratio is None else float(ratio)
+
+    @property
+    def expands_timesteps(self) -> bool:
+        """Wan 2.2 TI2V: every token carries its own timestep."""
+        return bool(self.checkpoint.index.get("expand_timesteps", False))
+
+    @property
+    def temporal_factor(self) -> int:
+        return int(self.vae_config.get("scale_factor_temporal", 4))
+
+    @property
+    def spatial_factor(self) -> int:
+        return int(self.vae_config.get("scale_factor_spatial", 8))
+
+    @property
+    def published_defaults(self) -> RequestDefaults:
+        if self.expands_timesteps:
+            return RequestDefaults(
+                height=704, width=1280, num_frames=121, fps=24, num_inference_steps=50, guidance_scale=5.0,
+                max_sequence_length=512,
+            )  # fmt: skip
+        two = self.has_two_experts
+        return RequestDefaults(
+            height=480, width=832, num_frames=81, fps=16, num_inference_steps=40 if two else 50,
+            guidance_scale=4.0 if two else 5.0, guidance_scale_2=3.0 if two else None, max_sequence_length=512,
+        )  # fmt: skip
+
+    @property
+    def size_rules(self) -> SizeRules:
+        patch = self.transformer_config.get("patch_size", (1, 2, 2))
+        return SizeRules(frame_step=self.temporal_factor, size_multiple=self.spatial_factor * patch[1])
+
+    def extra_problems(self, request: VideoRequest) -> list[str]:
+        problems = []
+        if request.guidance_scale_2 is not None and not self.has_two_experts:
+            problems.append("guidance_scale_2 is only for models with two experts (Wan 2.2 A14B); leave it out")
+        if request.true_cfg_scale is not None:
+            problems.append("true_cfg_scale is only for HunyuanVideo; Wan's guidance is guidance_scale")
+        return problems
+
+    def clean_prompt(self, prompt: str) -> str:
+        from pipedit.models.wan.prompt import clean
+
+        return clean(prompt)
+
+    def weighted_components(self) -> Sequence[str]:
+        return ("text_encoder", "transformer", *(("transformer_2",) if self.has_two_experts else ()), "vae")
+
+    def default_precision(self, device_type: str) -> Precision:
+        if device_type == "cpu":
+            return Precision(text_encoder="float32", transformer="float32", vae="float32")
+        return Precision(text_encoder="bfloat16", transformer="bfloat16", vae="float32")
+
+    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int, int]:
+        """[1, C, F, H, W] of the latents."""
+        assert request.num_frames and request.height and request.width
+        frames = (request.num_frames - 1) // self.temporal_factor + 1
+        channels = int(self.transformer_config["in_channels"])
+        return (1, channels, frames, request.height // self.spatial_factor, request.width // self.spatial_factor)
+
+    def token_layout(self, request: VideoRequest) -> TokenLayout:
+        assert request.max_sequence_length
+        _, _, frames, rows, columns = self.latent_shape(request)
+        patch = self.transformer_config.get("patch_size", (1, 2, 2))
+        return TokenLayout(
+            latent_frames=frames // patch[0],
+            rows=rows // patch[1],
+            columns=columns // patch[2],
+            text_tokens=request.max_sequence_length,
+            text_is_joint=False,
+            text_is_masked=False,
+        )
+
+    def attention_sites(self) -> Sequence[AttentionSite]:
+        config = self.transformer_config
+        return [
+            AttentionSite(
+                path=f"blocks.{layer}.attn1",
+                layer=layer,
+                heads=config["num_attention_heads"],
+                head_dim=config["attention_head_dim"],
+                query_key_norm=QueryKeyNorm.ALL_HEADS,
+                joint_text=False,
+            )
+            for layer in range(config["num_layers"])
+        ]
+
+    def layer_split(self) -> LayerSplit:
+        layers = tuple(f"blocks.{layer}" for layer in range(self.transformer_config["num_layers"]))
+        return LayerSplit(front=LAYER_SPLIT_FRONT, layers=layers, back=LAYER_SPLIT_BACK)
+
+    def num_decode_chunks(self, request: VideoRequest) -> int:
+        return self.latent_shape(request)[2]
+
+    def uses_guidance(self, request: VideoRequest) -> bool:
+        """Classifier-free guidance doubles the forwards; diffusers decides by the first scale alone, and so do we."""
+        assert request.guidance_scale is not None
+        return request.guidance_scale > 1.0
+
+    def cost(self, request: VideoRequest, precision: Precision) -> RequestCost:
+        shape = costs.TransformerShape.from_config(self.transformer_config)
+        layout, guided = self.token_layout(request), self.uses_guidance(request)
+        _, channels, frames, rows, columns = self.latent_shape(request)
+        text, vae = self.checkpoint.config("text_encoder"), self.vae_config
+        steps, length = request.num_inference_steps or 1, layout.text_tokens
+        forward = costs.transformer_cost(
+            shape,
+            tokens=layout.latent_tokens,
+            text_tokens=length,
+            timesteps=layout.latent_tokens if self.expands_timesteps else 1,
+        )
+        return RequestCost(
+            num_steps=steps,
+            num_chunks=frames,
+            forwards_per_step=2 if guided else 1,
+            latent_tokens=layout.latent_tokens,
+            text_tokens=length,
+            latent_bytes=4 * channels * frames * rows * columns * 4,  # latents and the noise scheduler's history
+            encode=costs.umt5_operations(text, length).times(2 if guided else 1),
+            forward=forward,
+            decode_first_chunk=costs.decode_operations(vae, rows=rows, columns=columns, first=True),
+            decode_chunk=costs.decode_operations(vae, rows=rows, columns=columns, first=False),
+            parts=self._parts(shape, layout, precision, rows, columns),
+        )
+
+    def _parts(
+        self, shape: costs.TransformerShape, layout: TokenLayout, precision: Precision, rows: int, columns: int
+    ) -> dict[str, PartBytes]:
+        text, vae = self.checkpoint.config("text_encoder"), self.vae_config
+        text_element = element_bytes(precision.text_encoder)
+        element, vae_element = element_bytes(precision.transformer), element_bytes(precision.vae)
+        length = layout.text_tokens
+        expert = PartBytes(
+            weights=costs.transformer_parameters(shape) * element,
+            working=costs.transformer_working_bytes(
+                shape, tokens=layout.latent_tokens, text_tokens=length, element=element
+            ),
+        )
+        parts = {
+            "text_encoder": PartBytes(
+                weights=costs.umt5_parameters(text) * text_element,
+                working=length * (2 * text["d_ff"] + 4 * text["d_model"]) * text_element
+                + 2 * length * length * text["num_heads"] * 4,
+            ),
+            "transformer": expert,
+        }
+        if self.has_two_experts:
+            parts["transformer_2"] = expert
+        parts["vae"] = PartBytes(
+            weights=costs.decoder_parameters(vae) * vae_element,
+            working=costs.decode_working_bytes(vae, rows=rows, columns=columns, element=vae_element),
+        )
+        return parts
+
+    def load_text_stage(self, device: str, precision: Precision) -> TextStage:
+        from pipedit.models.wan.text import WanTextStage
+
+        return WanTextStage.load(self.checkpoint, device, precision)
+
+    def load_denoise_stage(self, device: str, precision: Precision, layers: range | None = None) -> DenoiseStage:
+        from pipedit.models.wan.denoise import WanDenoiseStage
+
+        return WanDenoiseStage.load(self, device, precision, layers)
+
+    def load_decode_stage(self, device: str, precision: Precision, *, tiling: bool = False) -> DecodeStage:
+        from pipedit.models.wan.decode import WanDecodeStage
+
+        return WanDecodeStage.load(self, device, precision, tiling=tiling)

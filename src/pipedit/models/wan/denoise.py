@@ -1,0 +1,111 @@
+"""Wan's denoise stage: one transformer, or two experts that take turns at the noise boundary."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+from pipedit.core.request import VideoRequest
+from pipedit.models.adapter import Precision
+from pipedit.models.loading import load_module
+from pipedit.models.noise_schedulers import make_noise_scheduler
+from pipedit.models.seeding import initial_noise
+
+if TYPE_CHECKING:
+    from pipedit.models.wan.adapter import WanAdapter
+
+
+@dataclasses.dataclass(kw_only=True)
+class WanState:
+    """Latents [1, C, F, H, W] in float32 and the noise scheduler that belongs to them alone."""
+
+    request: VideoRequest
+    conditioning: dict[str, torch.Tensor]
+    noise_scheduler: Any
+    latents: torch.Tensor
+
+
+class WanDenoiseStage:
+    def __init__(self, adapter: "WanAdapter", device: str, experts: list[WanTransformer3DModel]) -> None:
+        self._adapter, self._device, self.experts = adapter, device, experts
+
+    @classmethod
+    def load(
+        cls, adapter: "WanAdapter", device: str, precision: Precision, layers: range | None = None
+    ) -> "WanDenoiseStage":
+        names = ("transformer", "transformer_2") if adapter.has_two_experts else ("transformer",)
+        experts = [
+            load_module(
+                lambda name=name: WanTransformer3DModel.from_config(adapter.checkpoint.config(name)),  # type: ignore[misc]
+                adapter.checkpoint.weights(name),
+                device=device,
+                dtype=getattr(torch, precision.transformer),
+                prefixes=adapter.layer_split().wanted(layers),
+            )
+            for name in names
+        ]
+        return cls(adapter, device, experts)
+
+    def compile_layers(self) -> None:
+        for expert in self.experts:
+            expert.compile_repeated_blocks(fullgraph=True)
+
+    @torch.inference_mode()
+    def begin(self, request: VideoRequest, conditioning: dict[str, torch.Tensor]) -> WanState:
+        assert request.seed is not None
+        checkpoint, dtype = self._adapter.checkpoint, self.experts[0].dtype
+        noise_scheduler = make_noise_scheduler(
+            checkpoint.component_class("scheduler"), checkpoint.config("scheduler"), request.flow_shift
+        )
+        noise_scheduler.set_timesteps(request.num_inference_steps, device=self._device)
+        noise_scheduler.set_begin_index(0)
+        return WanState(
+            request=request,
+            conditioning={name: tensor.to(self._device, dtype) for name, tensor in conditioning.items()},
+            noise_scheduler=noise_scheduler,
+            latents=initial_noise(self._adapter.latent_shape(request), request.seed, self._device),
+        )
+
+    @torch.inference_mode()
+    def step(self, state: WanState, index: int) -> None:
+        time = state.noise_scheduler.timesteps[index]
+        expert, scale = self._expert(state, time)
+        latents = state.latents.to(expert.dtype)
+        timestep = self._timestep(state.latents, time)
+        prediction = self._predict(expert, latents, timestep, state.conditioning["prompt"])
+        if "negative" in state.conditioning:
+            negative = self._predict(expert, latents, timestep, state.conditioning["negative"])
+            prediction = negative + scale * (prediction - negative)
+        state.latents = state.noise_scheduler.step(prediction, time, state.latents, return_dict=False)[0]
+
+    def latents(self, state: WanState) -> torch.Tensor:
+        return state.latents
+
+    def _expert(self, state: WanState, time: torch.Tensor) -> tuple[WanTransformer3DModel, float]:
+        """The expert for this noise level and its guidance scale."""
+        request, ratio = state.request, self._adapter.boundary_ratio
+        assert request.guidance_scale is not None
+        if len(self.experts) == 1 or ratio is None:
+            return self.experts[0], request.guidance_scale
+        if time >= ratio * state.noise_scheduler.config.num_train_timesteps:
+            return self.experts[0], request.guidance_scale
+        low = request.guidance_scale_2
+        return self.experts[1], request.guidance_scale if low is None else low
+
+    def _timestep(self, latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """[1], or [1, S] where every token has its own timestep (all equal in text-to-video)."""
+        if not self._adapter.expands_timesteps:
+            return time.expand(1)
+        _, rows, columns = self.experts[0].config.patch_size
+        tokens = latents.shape[2] * (latents.shape[3] // rows) * (latents.shape[4] // columns)
+        return (torch.ones(tokens, dtype=torch.float32, device=latents.device) * time).unsqueeze(0)
+
+    @staticmethod
+    def _predict(
+        expert: WanTransformer3DModel, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
+    ) -> torch.Tensor:
+        output: torch.Tensor = expert(
+            hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False
+        )[0]
+        return output

@@ -1,0 +1,87 @@
+"""What a request costs, in operations and bytes, computed from a model's config alone.
+
+Adapters fill these in by formula; tests hold the formulas against the real modules on the meta device. The planner
+turns operations into time with a device profile; `plan.memory` turns bytes into yes or no.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operations:
+    """Floating point operations (a multiply and an add are two), split by what runs them."""
+
+    linear: int = 0  # matrix products with weights, patch embedding included
+    attention: int = 0  # the two products inside attention
+    convolution: int = 0
+
+    def __add__(self, other: "Operations") -> "Operations":
+        return Operations(
+            linear=self.linear + other.linear,
+            attention=self.attention + other.attention,
+            convolution=self.convolution + other.convolution,
+        )
+
+    def times(self, count: int) -> "Operations":
+        return Operations(
+            linear=self.linear * count, attention=self.attention * count, convolution=self.convolution * count
+        )
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.attention + self.convolution
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerCost:
+    """One forward pass of the denoiser: before the layers, each layer, after them. Batch 1."""
+
+    front: Operations
+    layers: tuple[Operations, ...]
+    back: Operations
+
+    @property
+    def total(self) -> Operations:
+        return sum(self.layers, self.front + self.back)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartBytes:
+    """Bytes of one part of the model while it is resident, in the precision it is loaded in."""
+
+    weights: int
+    working: int  # the largest extra memory while it computes, for the request at hand
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RequestCost:
+    """Everything a planner needs to know about one request on one model."""
+
+    num_steps: int
+    num_chunks: int
+    forwards_per_step: int  # 2 with classifier-free guidance, else 1
+    latent_tokens: int
+    text_tokens: int
+    latent_bytes: int
+    encode: Operations  # the whole prompt, negative prompt included
+    forward: TransformerCost
+    decode_first_chunk: Operations
+    decode_chunk: Operations  # each further chunk
+    parts: dict[str, PartBytes]  # "text_encoder", "transformer", ..., "vae"
+
+    @property
+    def denoise(self) -> Operations:
+        return self.forward.total.times(self.num_steps * self.forwards_per_step)
+
+    @property
+    def decode(self) -> Operations:
+        return self.decode_first_chunk + self.decode_chunk.times(self.num_chunks - 1)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(part.weights for part in self.parts.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """All parts resident and the hungriest one at work: one worker with every role."""
+        return self.weight_bytes + max(part.working for part in self.parts.values()) + self.latent_bytes

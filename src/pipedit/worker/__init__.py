@@ -1,0 +1,1 @@
+"""One rank's life: load the parts its roles need, run commands, report events and spans."""

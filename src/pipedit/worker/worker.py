@@ -1,0 +1,149 @@
+"""A worker: holds the stages of its roles and the state of each request, and answers commands.
+
+Knows nothing of other requests' order, of time limits, or of how commands reach it.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pipedit.core import messages
+from pipedit.core.errors import InsufficientMemoryError
+from pipedit.core.placement import Role
+from pipedit.core.request import VideoRequest
+from pipedit.core.spans import Span
+from pipedit.models.adapter import DecodeStage, DenoiseStage, ModelAdapter, Precision, TextStage
+
+Clock = Callable[[], float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """How a worker runs its stages. `compile_layers`: torch.compile of the repeated layers (regional compilation)."""
+
+    device: str
+    precision: Precision
+    vae_tiling: bool = False
+    compile_layers: bool = False
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Held:
+    """What a worker keeps for one request between commands."""
+
+    request: VideoRequest
+    conditioning: dict[str, torch.Tensor] | None = None
+    denoising: Any = None
+    decoding: Any = None
+
+
+class Worker:
+    """`load` first, then `handle` one command after the other; never two at a time."""
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        settings: WorkerSettings,
+        *,
+        rank: int = 0,
+        roles: tuple[Role, ...] = tuple(Role),
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self._adapter, self._settings = adapter, settings
+        self._rank, self._roles, self._clock = rank, roles, clock
+        self._held: dict[str, _Held] = {}
+        self._text: TextStage | None = None
+        self._denoise: DenoiseStage | None = None
+        self._decode: DecodeStage | None = None
+
+    def load(self) -> tuple[Span, ...]:
+        """Loads the stages of the worker's roles; one span for each."""
+        device, precision = self._settings.device, self._settings.precision
+        spans = []
+        if Role.ENCODER in self._roles:
+            start = self._clock()
+            self._text = self._adapter.load_text_stage(device, precision)
+            spans.append(self._span("", Role.ENCODER, "load", start))
+        if Role.DENOISER in self._roles:
+            start = self._clock()
+            self._denoise = self._adapter.load_denoise_stage(device, precision)
+            if self._settings.compile_layers:
+                self._denoise.compile_layers()
+            spans.append(self._span("", Role.DENOISER, "load", start))
+        if Role.DECODER in self._roles:
+            start = self._clock()
+            self._decode = self._adapter.load_decode_stage(device, precision, tiling=self._settings.vae_tiling)
+            spans.append(self._span("", Role.DECODER, "load", start))
+        return tuple(spans)
+
+    def handle(self, command: messages.Command) -> messages.Event:
+        """Runs one command. Errors of the work itself raise; the executor turns them into CommandFailed."""
+        try:
+            return self._run(command)
+        except torch.OutOfMemoryError as error:
+            raise InsufficientMemoryError(
+                f"{self._settings.device} ran out of memory: take fewer frames, a smaller picture, "
+                "or spatial tiling of the VAE"
+            ) from error
+
+    def _run(self, command: messages.Command) -> messages.Event:
+        match command:
+            case messages.Encode():
+                return self._run_encode(command)
+            case messages.Denoise():
+                return self._run_step(command)
+            case messages.Decode():
+                return self._run_decode(command)
+            case messages.Release():
+                self._held.pop(command.request_id, None)
+                return messages.Released(request_id=command.request_id, rank=self._rank)
+        raise AssertionError(f"unknown command {command}")
+
+    def _run_encode(self, command: messages.Encode) -> messages.Event:
+        assert self._text is not None
+        start = self._clock()
+        held = _Held(request=command.request, conditioning=self._text.encode(command.request))
+        self._held[command.request_id] = held
+        self._synchronize()
+        span = self._span(command.request_id, Role.ENCODER, "encode", start)
+        return messages.Encoded(request_id=command.request_id, rank=self._rank, spans=(span,))
+
+    def _run_step(self, command: messages.Denoise) -> messages.Event:
+        assert self._denoise is not None
+        start, held = self._clock(), self._held[command.request_id]
+        if command.step == 0:
+            assert held.conditioning is not None
+            held.denoising = self._denoise.begin(held.request, held.conditioning)
+            held.conditioning = None
+        self._denoise.step(held.denoising, command.step)
+        self._synchronize()
+        span = self._span(command.request_id, Role.DENOISER, "step", start, command.step)
+        return messages.StepDone(
+            request_id=command.request_id, rank=self._rank, spans=(span,), step=command.step
+        )
+
+    def _run_decode(self, command: messages.Decode) -> messages.Event:
+        assert self._decode is not None
+        start, held = self._clock(), self._held[command.request_id]
+        if command.chunk == 0:
+            assert self._denoise is not None
+            held.decoding = self._decode.begin(held.request, self._denoise.latents(held.denoising))
+            held.denoising = None
+        frames = self._decode.chunk(held.decoding, command.chunk)
+        span = self._span(command.request_id, Role.DECODER, "decode", start, command.chunk)
+        return messages.ChunkDecoded(
+            request_id=command.request_id, rank=self._rank, spans=(span,), chunk=command.chunk, frames=frames
+        )
+
+    def _synchronize(self) -> None:
+        """Waits for the device, so that a span ends when the work does and a cancel takes hold within one step."""
+        if self._settings.device.startswith("cuda"):
+            torch.cuda.synchronize(self._settings.device)
+
+    def _span(self, request_id: str, role: Role, what: str, start_s: float, index: int | None = None) -> Span:
+        return Span(
+            request_id=request_id, rank=self._rank, role=role, what=what, start_s=start_s, end_s=self._clock(), index=index
+        )

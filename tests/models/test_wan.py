@@ -1,0 +1,165 @@
+"""The Wan family against the plain diffusers pipeline, on tiny pipelines with every parameter randomised."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipedit.core.errors import CheckpointError
+from pipedit.core.request import VideoRequest
+from pipedit.models.adapter import ModelAdapter
+from pipedit.models.registry import open_model
+from tests import tiny_pipelines
+
+KINDS = ("wan", "wan22", "wan_ti2v")
+PROMPT = "a red ball moves right"
+
+
+def make_request(adapter: ModelAdapter, kind: str, **settings: Any) -> VideoRequest:
+    chosen = {"prompt": PROMPT, "seed": 3, **tiny_pipelines.QUICK_SETTINGS[kind], **settings}
+    return VideoRequest(**chosen).complete(adapter.defaults)
+
+
+def run_stages(adapter: ModelAdapter, request: VideoRequest, **decode: Any) -> tuple[torch.Tensor, np.ndarray]:
+    """Latents and frames, by the three stages one after the other."""
+    precision = adapter.default_precision("cpu")
+    conditioning = adapter.load_text_stage("cpu", precision).encode(request)
+    denoise = adapter.load_denoise_stage("cpu", precision)
+    state = denoise.begin(request, conditioning)
+    for step in range(request.num_inference_steps or 0):
+        denoise.step(state, step)
+    latents = denoise.latents(state)
+    stage = adapter.load_decode_stage("cpu", precision, **decode)
+    decoding = stage.begin(request, latents)
+    chunks = [stage.chunk(decoding, index) for index in range(adapter.num_decode_chunks(request))]
+    return latents, np.concatenate(chunks)
+
+
+def assert_close(ours: tuple[torch.Tensor, np.ndarray], theirs: tuple[torch.Tensor, np.ndarray]) -> None:
+    scale = theirs[0].abs().max()
+    assert (ours[0] - theirs[0]).abs().max() <= 1e-5 * scale
+    assert ours[1].shape == theirs[1].shape
+    assert np.abs(ours[1].astype(int) - theirs[1].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"negative_prompt": "blurry", "flow_shift": 7.0, "seed": 11, "num_frames": 1},
+    ],
+    ids=["guided", "unguided", "shifted"],
+)
+def test_equals_diffusers(kind: str, settings: dict[str, Any], tiny_folder: Callable[[str], Path]) -> None:
+    adapter = open_model(str(tiny_folder(kind)))
+    request = make_request(adapter, kind, **settings)
+    asked = {k: v for k, v in dataclasses.asdict(request).items() if v is not None and k not in ("fps", "flow_shift")}
+    theirs = tiny_pipelines.run_diffusers(tiny_folder(kind), flow_shift=request.flow_shift, **asked)
+    assert_close(run_stages(adapter, request), theirs)
+    # The same comparison must fail for another video.
+    other = run_stages(adapter, dataclasses.replace(request, seed=request.seed + 1))
+    with pytest.raises(AssertionError):
+        assert_close(other, theirs)
+
+
+def test_second_guidance_scale_reaches_the_second_expert(tiny_folder: Callable[[str], Path]) -> None:
+    adapter = open_model(str(tiny_folder("wan22")))
+    request = make_request(adapter, "wan22", guidance_scale=4.0, guidance_scale_2=2.0)
+    asked = {k: v for k, v in dataclasses.asdict(request).items() if v is not None and k not in ("fps", "flow_shift")}
+    theirs = tiny_pipelines.run_diffusers(tiny_folder("wan22"), **asked)
+    assert_close(run_stages(adapter, request), theirs)
+    with pytest.raises(AssertionError):
+        assert_close(run_stages(adapter, dataclasses.replace(request, guidance_scale_2=4.0)), theirs)
+
+
+@pytest.mark.parametrize("kind", ["wan", "wan_ti2v"])
+def test_chunked_decode_is_bit_equal_to_the_whole(kind: str, tiny_folder: Callable[[str], Path]) -> None:
+    adapter = open_model(str(tiny_folder(kind)))
+    request = make_request(adapter, kind, num_frames=17)
+    stage = adapter.load_decode_stage("cpu", adapter.default_precision("cpu"))
+    latents = torch.randn(adapter.latent_shape(request), generator=torch.Generator().manual_seed(0))
+    state = stage.begin(request, latents)
+    other = stage.begin(request, latents.flip(2))  # a second video in turns must not disturb the first
+    chunks = []
+    for index in range(5):
+        chunks.append(stage.chunk(state, index))
+        stage.chunk(other, index)
+    config = stage.vae.config
+    per_channel = (1, config.z_dim, 1, 1, 1)
+    mean, std = (torch.tensor(v).view(per_channel) for v in (config.latents_mean, config.latents_std))
+    with torch.inference_mode():
+        video = stage.vae.decode(latents / (1.0 / std) + mean).sample
+    from pipedit.models.pixels import to_frames
+
+    assert np.array_equal(np.concatenate(chunks), to_frames(video))
+
+
+def test_tiled_decode_equals_diffusers_tiling(tiny_folder: Callable[[str], Path]) -> None:
+    adapter = open_model(str(tiny_folder("wan")))
+    request = make_request(adapter, "wan", num_frames=9, height=64, width=96)
+    stage = adapter.load_decode_stage("cpu", adapter.default_precision("cpu"), tiling=True)
+    vae = stage.vae
+    vae.tile_sample_min_height = vae.tile_sample_min_width = 32
+    vae.tile_sample_stride_height = vae.tile_sample_stride_width = 24
+    latents = torch.randn(adapter.latent_shape(request), generator=torch.Generator().manual_seed(0))
+    state = stage.begin(request, latents)
+    chunks = np.concatenate([stage.chunk(state, index) for index in range(3)])
+    vae.use_tiling = True
+    with torch.inference_mode():
+        video = vae.decode(state.latents).sample
+        vae.use_tiling = False
+        untiled = vae.decode(state.latents).sample
+    from pipedit.models.pixels import to_frames
+
+    assert np.array_equal(chunks, to_frames(video))
+    assert not np.array_equal(chunks, to_frames(untiled))
+
+
+def test_layer_range_reads_only_its_shards(tmp_path: Path) -> None:
+    tiny_pipelines.build("wan", tmp_path, max_shard_size="100KB")
+    adapter = open_model(str(tmp_path))
+    weights = adapter.checkpoint.weights("transformer")
+    wanted = adapter.layer_split().wanted(range(2, 3))
+    names = {n for n in weights.tensors if any(n == p or n.startswith(p + ".") for p in wanted)}
+    needed = set(weights.by_file(names))
+    assert needed < set(weights.files)
+    for file in set(weights.files) - needed:
+        file.write_bytes(b"not a safetensors file")  # opening it would fail
+    stage = adapter.load_denoise_stage("cpu", adapter.default_precision("cpu"), range(2, 3))
+    parameters = dict(stage.experts[0].named_parameters())
+    assert not parameters["blocks.2.attn1.to_q.weight"].is_meta
+    assert not parameters["proj_out.weight"].is_meta
+    assert parameters["blocks.0.attn1.to_q.weight"].is_meta
+    assert parameters["patch_embedding.weight"].is_meta
+    with pytest.raises(CheckpointError):
+        adapter.load_denoise_stage("cpu", adapter.default_precision("cpu"), range(0, 1))
+
+
+def test_bfloat16_keeps_what_diffusers_keeps_in_float32(tiny_folder: Callable[[str], Path]) -> None:
+    adapter = open_model(str(tiny_folder("wan")))
+    precision = dataclasses.replace(adapter.default_precision("cpu"), transformer="bfloat16")
+    (expert,) = adapter.load_denoise_stage("cpu", precision).experts
+    theirs = tiny_pipelines.load_diffusers(tiny_folder("wan"), dtype=torch.bfloat16).transformer
+    ours = {name: p.dtype for name, p in expert.named_parameters()}
+    assert ours == {name: p.dtype for name, p in theirs.named_parameters()}
+    assert set(ours.values()) == {torch.float32, torch.bfloat16}
+
+
+def test_refuses_pickled_and_mismatched_weights(tmp_path: Path) -> None:
+    tiny_pipelines.build("wan", tmp_path)
+    adapter = open_model(str(tmp_path))
+    precision = adapter.default_precision("cpu")
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match="pickled"):
+        adapter.load_decode_stage("cpu", precision)
+    transformer = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    transformer.write_bytes(transformer.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="download it again"):
+        adapter.load_denoise_stage("cpu", precision)
