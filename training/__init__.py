@@ -1,1 +1,1 @@
-"""Training of the embedded tiny text-to-video model; see README.md in this folder. Not part of the installed package."""
+"""Training of the embedded tiny model; see README.md in this folder. Not part of the installed package."""

@@ -44,8 +44,17 @@ class PaddedCrossAttention:
         self.bias: torch.Tensor | None = None  # [B, 1, 1, L]
         self._stock = WanAttnProcessor()
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):  # noqa: ANN
-        return self._stock(attn, hidden_states, encoder_hidden_states, self.bias, rotary_emb)
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        assert attention_mask is None, "the bias takes its place"
+        output: torch.Tensor = self._stock(attn, hidden_states, encoder_hidden_states, self.bias, rotary_emb)
+        return output
 
 
 def build_transformer() -> WanTransformer3DModel:
@@ -57,7 +66,9 @@ def build_transformer() -> WanTransformer3DModel:
     return model
 
 
-def encode_captions(encoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor, rng: random.Random):
+def encode_captions(
+    encoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Zero-padded embeddings [B, L, D] and the logit bias [B, 1, 1, L] that stands for a random padded length."""
     embeddings = encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
     lengths = mask.sum(1)
@@ -74,7 +85,7 @@ def sample_times(count: int) -> torch.Tensor:
     return torch.where(torch.rand(count) < 0.2, torch.rand(count), normal)
 
 
-def sample_batch(rng: random.Random, data: dict, seed: int) -> tuple[torch.Tensor, list[str]]:
+def sample_batch(rng: random.Random, data: dict[str, torch.Tensor], seed: int) -> tuple[torch.Tensor, list[str]]:
     """Normalised latents [B, C, n, h, w] of equally long windows, and their captions."""
     length, count, _ = rng.choices(BATCHES, weights=[share for *_, share in BATCHES])[0]
     windows, captions = [], []
@@ -84,9 +95,7 @@ def sample_batch(rng: random.Random, data: dict, seed: int) -> tuple[torch.Tenso
         start = rng.randint(0, total - length) if rng.random() < MID_VIDEO_WINDOWS else 0
         windows.append(data["latents"][index, :, start : start + length])
         dropped = rng.random() < CAPTION_DROPOUT
-        captions.append(
-            rng.choice(GENERIC_NEGATIVES) if dropped else world.caption(latents.scene(seed, index), rng)
-        )
+        captions.append(rng.choice(GENERIC_NEGATIVES) if dropped else world.caption(latents.scene(seed, index), rng))
     shape = (1, -1, 1, 1, 1)
     return (torch.stack(windows).float() - data["mean"].view(shape)) / data["std"].view(shape), captions
 
@@ -131,7 +140,7 @@ def train(out: Path, steps: int, seed: int) -> None:
         rng = random.Random(f"dit {seed} {step}")
         torch.manual_seed(hash((seed, step)) % 2**31)
         optim.set_learning_rate(optimizers, step, steps, warm_up=100, floor=0.02)
-        clean, captions = sample_batch(rng, data, data["seed"])
+        clean, captions = sample_batch(rng, data, int(data["seed"]))
         ids, mask = text.tokenize(tokenizer, captions)
         times = sample_times(len(clean))
         noise = torch.randn_like(clean)

@@ -34,6 +34,7 @@ class Measurement:
     overlap: dict[str, float]
     worst_frame: float
     steady: float
+    centre: tuple[float, float]  # x and y in the first frame
 
 
 def measure(frames: np.ndarray) -> Measurement:
@@ -60,6 +61,7 @@ def _describe(cover: torch.Tensor, background: str, colour: str) -> Measurement:
         overlap={name: float(fits[name].overlap.mean()) for name in world.SHAPES},
         worst_frame=float(scores[best].min()),
         steady=float((scores.argmax(0) == best).float().mean()),
+        centre=(float(fits[shape].x[0]), float(fits[shape].y[0])),
     )
 
 
@@ -146,7 +148,7 @@ def _turns(way: torch.Tensor, least: float = 3.0) -> int:
     """How often the way turns back by more than `least` pixels."""
     turns, direction, extreme = 0, 0, float(way[0])
     for value in way.tolist():
-        if direction >= 0 and value > extreme or direction <= 0 and value < extreme:
+        if (direction >= 0 and value > extreme) or (direction <= 0 and value < extreme):
             direction = direction or (1 if value > float(way[0]) else -1)
             extreme = value
         elif abs(value - extreme) > least:
@@ -164,3 +166,11 @@ def measure_pair(frames: np.ndarray, colours: tuple[str, str], background: str) 
     own = [torch.where(nearest_ink == number, cover, 0.0) for number, cover in enumerate(covers)]
     first, second = (_describe(cover, background, c) for cover, c in zip(own, colours, strict=True))
     return first, second
+
+
+def relation_of(first: Measurement, second: Measurement) -> str:
+    """Where the first object is relative to the second: "above", "left of", or "other"."""
+    dx, dy = second.centre[0] - first.centre[0], second.centre[1] - first.centre[1]
+    if dy > max(abs(dx), 15.0):
+        return "above"
+    return "left of" if dx > max(abs(dy), 15.0) else "other"

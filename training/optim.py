@@ -13,7 +13,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # noqa: ANN001
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -36,7 +37,8 @@ def _orthogonal(update: torch.Tensor) -> torch.Tensor:
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
+    result: torch.Tensor = x.T if tall else x
+    return result
 
 
 def make_optimizers(

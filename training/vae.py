@@ -31,7 +31,7 @@ CONFIG = dict(
 def encode(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log-variance, each [B, C, n, h, w], of a video [B, 3, 1 + 4 (n - 1), H, W].
 
-    The stock class feeds four frames at a time; two chunks (the first frame, then all others) give the same in less time.
+    The stock class feeds four frames at a time; two chunks (the first frame, then all others) give the same, faster.
     """
     x = patchify(video, patch_size=2)
     cache = [None] * vae._cached_conv_counts["encoder"]
@@ -48,7 +48,8 @@ def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     out = vae.decoder(x[:, :, :1], feat_cache=cache, feat_idx=[0], first_chunk=True)
     if x.shape[2] > 1:
         out = torch.cat([out, vae.decoder(x[:, :, 1:], feat_cache=cache, feat_idx=[0])], 2)
-    return unpatchify(out.float(), patch_size=2)
+    video: torch.Tensor = unpatchify(out.float(), patch_size=2)
+    return video
 
 
 def batch_shape(step: int, total: int) -> tuple[int, int]:
@@ -83,7 +84,7 @@ def train(out: Path, steps: int, seed: int) -> None:
     rest = [p for p in vae.parameters() if not any(p is h for h in hidden)]
     optimizers = optim.make_optimizers(hidden, rest, rest_lr=2e-3, rest_betas=(0.9, 0.98))
     start = 0
-    if state := checkpoint.load(out / "vae.pt"):
+    if (state := checkpoint.load(out / "vae.pt")) is not None:
         vae.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

@@ -103,7 +103,7 @@ def sample_scene(rng: random.Random, *, two_shapes: float = 0.12) -> Scene:
     if rng.random() < two_shapes:
         return _sample_pair(rng)
     shape, colour, motion = rng.choice(combinations(held_out=False))
-    thing = _sample_thing(rng, shape=shape, colour=colour, motion=motion)
+    thing = sample_thing(rng, shape=shape, colour=colour, motion=motion)
     return Scene(things=(thing,), motion=motion, background=_sample_background(rng))
 
 
@@ -111,7 +111,8 @@ def _sample_background(rng: random.Random) -> str:
     return rng.choices(list(BACKGROUNDS), weights=(4, 2, 2, 2, 2))[0]
 
 
-def _sample_thing(rng: random.Random, *, shape: str, colour: str, motion: str) -> Thing:
+def sample_thing(rng: random.Random, *, shape: str, colour: str, motion: str) -> Thing:
+    """A shape with a random place, size and speed for its motion."""
     radius = rng.uniform(8.5, 12.5)
     reach = radius * REACH[shape] + 1
     x, y = (rng.uniform(reach, SIZE - reach) for _ in range(2))
@@ -192,7 +193,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 def _name(thing: Thing, rng: random.Random) -> str:
     noun = rng.choice(NOUNS[thing.shape]) if rng.random() < 0.5 else thing.shape
     article = "an" if thing.colour[0] in "aeiou" else "a"
-    return rng.choice((f"{article} {thing.colour} {noun}",) * 4 + (f"the {thing.colour} {noun}", f"one {thing.colour} {noun}"))
+    return rng.choice((article,) * 4 + ("the", "one")) + f" {thing.colour} {noun}"
 
 
 def _with_background(text: str, background: str, rng: random.Random) -> str:
@@ -233,9 +234,8 @@ def track(thing: Thing, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 def coverage(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """Anti-aliased share of each pixel that the shape covers, [..., H, W]; x, y, radius are [...], on the torus."""
     grid = torch.arange(SIZE, dtype=torch.float32, device=x.device) + 0.5
-    wrap = lambda d: (d + SIZE / 2) % SIZE - SIZE / 2  # noqa: E731
-    dx = wrap(grid - x[..., None])[..., None, :]
-    dy = wrap(grid - y[..., None])[..., :, None]
+    dx = _wrapped(grid - x[..., None])[..., None, :]
+    dy = _wrapped(grid - y[..., None])[..., :, None]
     r = radius[..., None, None]
     if shape == "circle":
         distance = torch.sqrt(dx * dx + dy * dy) - r
@@ -245,6 +245,11 @@ def coverage(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor)
         slanted = math.cos(math.pi / 6) * dx.abs() - math.sin(math.pi / 6) * dy
         distance = torch.maximum(dy.expand_as(slanted), slanted) - TRIANGLE_INRADIUS * r
     return (0.5 - distance).clamp(0.0, 1.0)
+
+
+def _wrapped(distance: torch.Tensor) -> torch.Tensor:
+    """The distance on the torus, between -SIZE / 2 and SIZE / 2."""
+    return (distance + SIZE / 2) % SIZE - SIZE / 2
 
 
 def render(scenes: list[Scene], num_frames: int, *, first_frame: int = 0) -> torch.Tensor:

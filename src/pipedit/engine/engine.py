@@ -6,7 +6,6 @@ It owns the order of things, the spans and what people see. It does not know how
 import collections
 import dataclasses
 import itertools
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,32 +19,21 @@ from pipedit.core.placement import Placement, Role
 from pipedit.core.request import VideoRequest
 from pipedit.core.spans import Span
 from pipedit.core.version import __version__
-from pipedit.engine.intake import make_requests, prepare_requests
+from pipedit.engine.intake import check_memory, complete_requests, make_requests, request_problems, with_seed
+from pipedit.engine.settings import EngineSettings, open_adapter
 from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Progress, Update
 from pipedit.engine.video import Video
 from pipedit.executor.base import Executor
 from pipedit.media import VideoMetadata
 from pipedit.models.adapter import ModelAdapter, Precision
-from pipedit.models.registry import EMBEDDED, fetch_weights, open_model
+from pipedit.models.registry import EMBEDDED, fetch_weights
 from pipedit.plan.scheduler import Phase, RequestScheduler, Work
 from pipedit.plan.timeline import Timeline
-from pipedit.worker.device import device_problems, resolve_device
+from pipedit.worker.device import resolve_device
 
 START_TIMEOUT_S = 1800.0
 RECEIVE_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 10.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """How to run, as the user said it. Nothing here changes the video, except `dtype` and `vae_tiling`."""
-
-    model: str = EMBEDDED
-    num_workers: int = 1
-    device: str = "auto"
-    dtype: str = "auto"
-    vae_tiling: bool = False
-    compile_layers: bool = False
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -88,7 +76,7 @@ class Engine:
             vae_tiling=vae_tiling,
             compile_layers=compile_layers,
         )
-        self.adapter = _open_adapter(self.settings)
+        self.adapter = open_adapter(self.settings)
         self._executor, self._started = executor, False
         self._placement = Placement.colocated(num_workers)
         self._scheduler = RequestScheduler(self._placement)
@@ -134,7 +122,12 @@ class Engine:
     def prepare(self, requests: Sequence[VideoRequest]) -> list[VideoRequest]:
         """The requests with defaults and seeds filled in. Raises InvalidRequestError with every problem of all of
         them, or InsufficientMemoryError. Loads no weights."""
-        return prepare_requests(requests, self.adapter, device=self.device, precision=self.precision)
+        complete = complete_requests(requests, self.adapter)
+        if problems := request_problems(complete, self.adapter):
+            raise InvalidRequestError(problems)
+        # Only now: finding the device imports torch, and wrong input should be answered before that.
+        check_memory(complete, self.adapter, self.device, self.precision)
+        return [with_seed(request) for request in complete]
 
     def submit(self, request: VideoRequest) -> str:
         """Queues a prepared request and returns its id; `updates` does the work."""
@@ -149,13 +142,17 @@ class Engine:
         """Stops the request within one step; its last update is then Cancelled. Any thread may call it."""
         self._to_cancel.append(request_id)
 
+    def fetch(self) -> None:
+        """Makes sure that the weights are on disk, downloads what a hub model lacks. `start` does it too."""
+        if self._executor is None:
+            fetch_weights(self.adapter)
+
     def start(self) -> None:
         """Loads the model now rather than at the first request."""
         if self._started:
             return
-        if self._executor is None:
-            fetch_weights(self.adapter)
-            self._executor = self._make_executor()
+        self.fetch()
+        self._executor = self._executor or self._make_executor()
         self._spans += self._executor.start(START_TIMEOUT_S)
         self._started = True
 
@@ -183,12 +180,9 @@ class Engine:
 
     def metadata(self, request: VideoRequest) -> VideoMetadata:
         """What is written into the file: enough to generate the video again."""
-        return VideoMetadata(
-            prompt=request.prompt,
+        return VideoMetadata.of(
+            request,
             model=self.settings.model,
-            settings=request.settings(),
-            version=__version__,
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             extra={
                 "device": self.device,
                 "dtype": dataclasses.asdict(self.precision),
@@ -303,20 +297,6 @@ class Engine:
             compile_layers=self.settings.compile_layers,
         )
         return InProcessExecutor(Worker(self.adapter, settings))
-
-
-def _open_adapter(settings: EngineSettings) -> ModelAdapter:
-    """The model's adapter, or one error with everything that is wrong with the settings."""
-    problems = device_problems(settings.device, settings.dtype)
-    if settings.num_workers != 1:
-        problems.append(f"num_workers={settings.num_workers}: this version runs on 1 worker")
-    try:
-        adapter = open_model(settings.model)
-    except InvalidRequestError as error:
-        raise InvalidRequestError([*problems, *error.problems]) from error
-    if problems:
-        raise InvalidRequestError(problems)
-    return adapter
 
 
 def _raise_if_over(update: Update, ids: Sequence[str]) -> None:

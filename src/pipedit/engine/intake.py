@@ -1,4 +1,7 @@
-"""From what a caller says to requests that can run: names checked, defaults and seeds filled, sizes and memory checked."""
+"""From what a caller says to requests that can run: names checked, defaults and seeds filled, sizes and memory checked.
+
+Nothing here loads weights, and nothing but the memory check and CUDA devices needs torch.
+"""
 
 import dataclasses
 import difflib
@@ -6,12 +9,22 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from pipedit.core.errors import InsufficientMemoryError, InvalidRequestError
+from pipedit.core.errors import CheckpointError, InsufficientMemoryError, InvalidRequestError
 from pipedit.core.request import FIELD_NAMES, VideoRequest
+from pipedit.engine.settings import EngineSettings, setting_problems
 from pipedit.models.adapter import ModelAdapter, Precision
-from pipedit.models.validation import check_request
+from pipedit.models.registry import open_model, weight_problems
+from pipedit.models.validation import check_request, check_values
 from pipedit.plan.memory import SizeLadder, memory_problem
 from pipedit.worker.device import available_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckedInput:
+    """`requests` have the model's defaults filled in, unless the model cannot be opened. `problems` is everything."""
+
+    requests: tuple[VideoRequest, ...]
+    problems: tuple[str, ...]
 
 
 def make_requests(
@@ -37,25 +50,59 @@ def unknown_settings(settings: dict[str, Any]) -> list[str]:
     return problems
 
 
-def prepare_requests(
-    requests: Sequence[VideoRequest], adapter: ModelAdapter, *, device: str, precision: Precision
-) -> list[VideoRequest]:
-    """The requests, complete. Raises InvalidRequestError with every problem of all of them, or
-    InsufficientMemoryError with what would fit."""
-    complete = [request.complete(adapter.defaults) for request in requests]
-    problems = [] if requests else ["there is no prompt"]
-    for number, request in enumerate(complete, start=1):
-        prefix = f"prompt {number}: " if len(requests) > 1 else ""
-        problems += [prefix + text for text in check_request(request, adapter)]
-    if problems:
-        raise InvalidRequestError(problems)
-    _check_memory(complete, adapter, device, precision)
-    return [r if r.seed is not None else dataclasses.replace(r, seed=secrets.randbelow(2**32)) for r in complete]
+def check_input(
+    settings: EngineSettings, requests: Sequence[VideoRequest], labels: Sequence[str] = ()
+) -> CheckedInput:
+    """Everything that is wrong with the settings, the model and the requests, found in one go; raises nothing.
+
+    `labels` say where each request comes from, such as "prompts.txt:3"; without them, several are numbered.
+    """
+    problems = setting_problems(settings)
+    try:
+        adapter = open_model(settings.model)
+    except (InvalidRequestError, CheckpointError) as error:
+        problems += error.problems if isinstance(error, InvalidRequestError) else [str(error)]
+        problems += _labelled([check_values(request) for request in requests], labels)
+        return CheckedInput(requests=tuple(requests), problems=tuple(problems))
+    complete = complete_requests(requests, adapter)
+    problems += weight_problems(adapter)
+    problems += request_problems(complete, adapter, labels)
+    return CheckedInput(requests=tuple(complete), problems=tuple(problems))
 
 
-def _check_memory(requests: Sequence[VideoRequest], adapter: ModelAdapter, device: str, precision: Precision) -> None:
+def complete_requests(requests: Sequence[VideoRequest], adapter: ModelAdapter) -> list[VideoRequest]:
+    """The requests with the model's defaults filled in; seeds stay as they are."""
+    return [request.complete(adapter.defaults) for request in requests]
+
+
+def request_problems(
+    requests: Sequence[VideoRequest], adapter: ModelAdapter, labels: Sequence[str] = ()
+) -> list[str]:
+    """Problems of all the completed requests, each with its label where there are several."""
+    return _labelled([check_request(request, adapter) for request in requests], labels)
+
+
+def check_memory(requests: Sequence[VideoRequest], adapter: ModelAdapter, device: str, precision: Precision) -> None:
+    """Raises InsufficientMemoryError, with what would fit, for completed requests that are too large for the device."""
     rules, free = adapter.size_rules, available_bytes(device)
     ladder = SizeLadder(frame_step=rules.frame_step, size_multiple=rules.size_multiple)
     problems = [memory_problem(r, lambda smaller: adapter.cost(smaller, precision), free, ladder) for r in requests]
     if found := [text for text in dict.fromkeys(problems) if text is not None]:
         raise InsufficientMemoryError("\n".join(found))
+
+
+def with_seed(request: VideoRequest) -> VideoRequest:
+    """The request with a seed: its own, or a random one."""
+    return request if request.seed is not None else dataclasses.replace(request, seed=secrets.randbelow(2**32))
+
+
+def _labelled(found: Sequence[Sequence[str]], labels: Sequence[str]) -> list[str]:
+    if not found:
+        return ["there is no prompt"]
+    if not labels:
+        labels = [f"prompt {number}" for number in range(1, len(found) + 1)] if len(found) > 1 else [""]
+    return [
+        f"{label}: {text}" if label else text
+        for label, problems in zip(labels, found, strict=True)
+        for text in problems
+    ]

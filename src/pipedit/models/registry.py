@@ -102,15 +102,28 @@ def open_model(name: str) -> ModelAdapter:
 
 def fetch_weights(adapter: ModelAdapter) -> None:
     """Makes sure that every weight file is on disk; downloads what is missing for hub models."""
-    components = [name for name in adapter.weighted_components() if adapter.checkpoint.has(name)]
-    try:
-        for component in components:
+    problems = _missing_weights(adapter)
+    if not problems:
+        return
+    hub_id = _hub_id(adapter.checkpoint.name)
+    if hub_id is None:
+        raise CheckpointError("\n".join(problems))
+    _download(hub_id, [*_CONFIGS, *_WEIGHTS])
+
+
+def weight_problems(adapter: ModelAdapter) -> list[str]:
+    """Weight files that a model in a folder lacks, or that are pickled. Of a hub model, they can be downloaded: none."""
+    return [] if _hub_id(adapter.checkpoint.name) else _missing_weights(adapter)
+
+
+def _missing_weights(adapter: ModelAdapter) -> list[str]:
+    problems = []
+    for component in filter(adapter.checkpoint.has, adapter.weighted_components()):
+        try:
             adapter.checkpoint.weights(component)
-    except CheckpointError:
-        hub_id = _hub_id(adapter.checkpoint.name)
-        if hub_id is None:
-            raise
-        _download(hub_id, [*_CONFIGS, *_WEIGHTS])
+        except CheckpointError as error:
+            problems.append(str(error))
+    return problems
 
 
 def cached_folder(hub_id: str) -> Path | None:
@@ -151,6 +164,9 @@ def _find(name: str) -> Checkpoint:
 
 
 def _hub_id(name: str) -> str | None:
+    """The hub id that a name stands for; None for the embedded model, a folder, and what can be no id."""
+    if Path(name).expanduser().is_dir():
+        return None
     for model in KNOWN_MODELS:
         if name.lower() == model.alias:
             return model.hub_id
@@ -158,13 +174,12 @@ def _hub_id(name: str) -> str | None:
 
 
 def _download(hub_id: str, patterns: list[str]) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         known = [model.hub_id for model in KNOWN_MODELS if model.hub_id]
         raise InvalidRequestError(
             [

@@ -1,9 +1,12 @@
 """Text encoders from transformers, loaded by its own streaming loader."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from pipedit.core.errors import CheckpointError
 from pipedit.models.adapter import Precision
@@ -19,14 +22,27 @@ def load_text_encoder(
     knows the renames between its versions, so its loader is used rather than ours. Pickled weights are refused, and
     so are missing ones, which transformers would fill with random numbers."""
     checkpoint.weights(component)
-    encoder, report = cls.from_pretrained(
-        checkpoint.path(component),
-        dtype=getattr(torch, precision.text_encoder),
-        device_map={"": device},
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    with _quiet():
+        encoder, report = cls.from_pretrained(
+            checkpoint.path(component),
+            dtype=getattr(torch, precision.text_encoder),
+            device_map={"": device},
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{component}: {len(missing)} tensors are missing, {missing[0]} among them")
     return encoder.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar of transformers: stderr is ours to write."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -15,12 +15,19 @@ _SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
 def check_request(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
     """Problems of a completed request (see `VideoRequest.complete`); an empty list means that it can run."""
     return [
-        *_type_problems(request),
+        *check_values(request),
         *_size_problems(request, adapter),
-        *_number_problems(request),
-        *_prompt_problems(request, adapter),
+        *_length_problems(request, adapter),
         *adapter.extra_problems(request),
     ]
+
+
+def check_values(request: VideoRequest) -> list[str]:
+    """The problems that can be seen without knowing the model. Fields may be open."""
+    problems = [*_type_problems(request), *_number_problems(request)]
+    if isinstance(request.prompt, str) and not request.prompt.strip():
+        problems.append("the prompt is empty; say what the video should show")
+    return problems
 
 
 def _type_problems(request: VideoRequest) -> list[str]:
@@ -73,10 +80,8 @@ def _number_problems(request: VideoRequest) -> list[str]:
     return problems
 
 
-def _prompt_problems(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
+def _length_problems(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
     problems = []
-    if isinstance(request.prompt, str) and not request.prompt.strip():
-        problems.append("the prompt is empty; say what the video should show")
     for name in ("prompt", "negative_prompt"):
         text = getattr(request, name)
         limit = request.max_sequence_length
