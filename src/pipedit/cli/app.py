@@ -62,7 +62,7 @@ def run(arguments: Sequence[str], session: Session | None = None) -> int:
     try:
         with errors.stopping_on_signals():
             code = _invoke(arguments, session)
-        if session.report:
+        if session.as_json and session.report:
             session.terminal.document(session.report)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -76,8 +76,8 @@ def _invoke(arguments: Sequence[str], session: Session) -> int:
     command = typer.main.get_command(app)
     try:
         code = command.main(list(arguments), prog_name="pipedit", standalone_mode=False, obj=session)
-    except BrokenPipeError:
-        raise
+        if code == errors.INTERRUPTED:  # how typer hands on a KeyboardInterrupt
+            raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt, errors.StoppedError) as error:  # noqa: BLE001 - the outermost frame
         problem = errors.describe(error)
         if session.debug:

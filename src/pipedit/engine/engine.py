@@ -123,7 +123,8 @@ class Engine:
         """The requests with defaults and seeds filled in. Raises InvalidRequestError with every problem of all of
         them, or InsufficientMemoryError. Loads no weights."""
         complete = complete_requests(requests, self.adapter)
-        if problems := request_problems(complete, self.adapter):
+        problems = request_problems(complete, self.adapter) if complete else ["there is no prompt"]
+        if problems:
             raise InvalidRequestError(problems)
         # Only now: finding the device imports torch, and wrong input should be answered before that.
         check_memory(complete, self.adapter, self.device, self.precision)

@@ -97,8 +97,6 @@ def with_seed(request: VideoRequest) -> VideoRequest:
 
 
 def _labelled(found: Sequence[Sequence[str]], labels: Sequence[str]) -> list[str]:
-    if not found:
-        return ["there is no prompt"]
     if not labels:
         labels = [f"prompt {number}" for number in range(1, len(found) + 1)] if len(found) > 1 else [""]
     return [

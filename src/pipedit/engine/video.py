@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pipedit.core.errors import InvalidRequestError
 from pipedit.core.request import VideoRequest
-from pipedit.media import VideoMetadata, check_output, open_writer
+from pipedit.media import VideoMetadata, open_writer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,12 +25,11 @@ class Video:
         return self.request.fps
 
     def save(self, path: str | Path) -> Path:
-        """Writes the video; the ending decides the format (.mp4, .gif, .png, .npy). Raises InvalidRequestError."""
-        if problems := check_output(Path(path)):
-            raise InvalidRequestError(problems)
+        """Writes the video; the ending decides the format (.mp4, .gif, .png, .npy, or "folder/" for PNG frames).
+        Raises InvalidRequestError where that cannot work."""
         num_frames, height, width, _ = self.frames.shape
         writer = open_writer(
-            Path(path), width=width, height=height, fps=self.fps, num_frames=num_frames, metadata=self.metadata
+            path, width=width, height=height, fps=self.fps, num_frames=num_frames, metadata=self.metadata
         )
         with writer:
             writer.write(self.frames)

@@ -16,6 +16,9 @@ from pipedit.media.frame_writer import ClipFormat, Frames, FrameWriter
 from pipedit.media.metadata import VideoMetadata
 
 _BT709 = 1  # the code of ITU-R BT.709 for primaries, transfer and matrix alike (ISO/IEC 23091-2)
+# Every thread and every frame of look-ahead holds frames in memory, and the default number of threads grows with the
+# machine, so that the same clip would become another file elsewhere.
+_X264 = {"crf": "17", "preset": "medium", "rc-lookahead": "20", "threads": "4"}
 _GIF_TRAILER = b"\x3b"
 MAX_GIF_FPS = 50  # GIF counts hundredths of a second, and browsers slow down below two of them
 
@@ -73,7 +76,7 @@ class Mp4Writer(_EncodedWriter):
         self._container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
         if self._metadata is not None:
             self._container.metadata.update(comment=self._metadata.to_json(), title=self._metadata.title)
-        stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": "17", "preset": "medium"})
+        stream = self._container.add_stream("libx264", rate=self._rate, options=_X264)
         stream.width, stream.height, stream.pix_fmt = self._clip.width, self._clip.height, "yuv420p"
         context = stream.codec_context
         # Untagged video is BT.601 to some players and BT.709 to others: colours would shift.

@@ -98,6 +98,16 @@ class Precision:
     vae: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptFrame:
+    """Fixed text around a prompt when it is tokenized. The first `cropped_tokens` tokens, a start token included, are
+    dropped from the embedding and do not count towards `max_sequence_length`."""
+
+    before: str = ""
+    after: str = ""
+    cropped_tokens: int = 0
+
+
 class TextStage(Protocol):
     """Prompt -> conditioning tensors. The dictionary's keys are the adapter's own business."""
 
@@ -133,6 +143,7 @@ class ModelAdapter(abc.ABC):
 
     family: ClassVar[str]
     pipeline_classes: ClassVar[tuple[str, ...]]  # `_class_name` in model_index.json
+    prompt_frame: ClassVar[PromptFrame] = PromptFrame()
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -170,6 +181,10 @@ class ModelAdapter(abc.ABC):
     # -- how the work falls apart -------------------------------------------------------------------------------
 
     @abc.abstractmethod
+    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int, int]:
+        """[1, C, F, H, W] of the request's latents."""
+
+    @abc.abstractmethod
     def token_layout(self, request: VideoRequest) -> TokenLayout: ...
 
     @abc.abstractmethod
@@ -182,7 +197,8 @@ class ModelAdapter(abc.ABC):
     def num_decode_chunks(self, request: VideoRequest) -> int: ...
 
     @abc.abstractmethod
-    def cost(self, request: VideoRequest, precision: Precision) -> RequestCost: ...
+    def cost(self, request: VideoRequest, precision: Precision, *, tiling: bool = False) -> RequestCost:
+        """From the config alone. `tiling`: the VAE decodes in spatial tiles."""
 
     # -- the stages ---------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from pipedit.core.errors import CheckpointError, InvalidRequestError
 from pipedit.models.adapter import ModelAdapter
 from pipedit.models.checkpoint import MODEL_INDEX, Checkpoint
+from pipedit.models.published_configs import PUBLISHED, PublishedCheckpoint
 
 EMBEDDED = "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -86,12 +87,27 @@ KNOWN_MODELS = (
 def open_model(name: str) -> ModelAdapter:
     """The adapter of a model. Raises InvalidRequestError for a name that means nothing, CheckpointError for a folder
     that is not a model. For hub models that are not cached yet, downloads the config files (not the weights)."""
-    checkpoint = _find(name)
+    return _adapter(_find(name))
+
+
+def open_published(name: str) -> ModelAdapter:
+    """The adapter of a published model (short name or hub id) from configs inside the package: enough for sizes and
+    costs, without a checkpoint and without network. Its stages cannot be loaded."""
+    aliases = {model.hub_id: model.alias for model in KNOWN_MODELS}
+    alias = aliases.get(name, name.lower())
+    if alias not in PUBLISHED:
+        raise InvalidRequestError(
+            [f"the config of {name!r} is not built in; built in are {', '.join(PUBLISHED)}{_nearest(alias, [*PUBLISHED])}"]
+        )
+    return _adapter(PublishedCheckpoint.of(alias))
+
+
+def _adapter(checkpoint: Checkpoint) -> ModelAdapter:
     target = _ADAPTERS.get(checkpoint.pipeline_class)
     if target is None:
         raise InvalidRequestError(
             [
-                f"model {name} is a {checkpoint.pipeline_class or 'folder without a pipeline class'}; "
+                f"model {checkpoint.name} is a {checkpoint.pipeline_class or 'folder without a pipeline class'}; "
                 f"supported pipelines are {', '.join(_ADAPTERS)}{_nearest(checkpoint.pipeline_class, list(_ADAPTERS))}"
             ]
         )

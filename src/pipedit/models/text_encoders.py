@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -16,11 +16,12 @@ EncoderT = TypeVar("EncoderT", bound=PreTrainedModel)
 
 
 def load_text_encoder(
-    cls: type[EncoderT], checkpoint: Checkpoint, component: str, device: str, precision: Precision
+    cls: type[EncoderT], checkpoint: Checkpoint, component: str, device: str, precision: Precision, **config_changes: Any
 ) -> EncoderT:
     """The component in eval mode on `device`. transformers reads safetensors tensor by tensor onto the device and
     knows the renames between its versions, so its loader is used rather than ours. Pickled weights are refused, and
-    so are missing ones, which transformers would fill with random numbers."""
+    so are missing ones, which transformers would fill with random numbers. `config_changes` replace values of the
+    component's config."""
     checkpoint.weights(component)
     with _quiet():
         encoder, report = cls.from_pretrained(
@@ -30,6 +31,7 @@ def load_text_encoder(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **config_changes,
         )
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{component}: {len(missing)} tensors are missing, {missing[0]} among them")

@@ -100,12 +100,14 @@ def _cut_off(adapter: ModelAdapter, text: str, limit: int) -> str:
     tokenizer = _load_tokenizer(adapter.checkpoint.path("tokenizer"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    encoding = tokenizer.encode(adapter.clean_prompt(text))
-    if len(encoding.ids) <= limit:
-        return ""
-    specials = sum(encoding.special_tokens_mask)
+    frame, prompt = adapter.prompt_frame, adapter.clean_prompt(text)
+    encoding = tokenizer.encode(frame.before + prompt + frame.after)
+    # Truncation keeps the tokens that the tokenizer itself adds at the ends, and cuts the text before them.
     offsets = [o for o, special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True) if not special]
-    return adapter.clean_prompt(text)[offsets[limit - specials][0] :]
+    kept = frame.cropped_tokens + limit - (len(encoding.ids) - len(offsets))
+    if len(offsets) <= kept:
+        return ""
+    return prompt[max(offsets[kept][0] - len(frame.before), 0) :]  # "" where only the frame's end is cut
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -67,6 +67,7 @@ class RequestCost:
     forward: TransformerCost
     decode_first_chunk: Operations
     decode_chunk: Operations  # each further chunk
+    decode_last_chunk: Operations | None = None  # where the last of several chunks is smaller
     parts: dict[str, PartBytes]  # "text_encoder", "transformer", ..., "vae"
 
     @property
@@ -75,7 +76,10 @@ class RequestCost:
 
     @property
     def decode(self) -> Operations:
-        return self.decode_first_chunk + self.decode_chunk.times(self.num_chunks - 1)
+        if self.num_chunks == 1:
+            return self.decode_first_chunk
+        last = self.decode_last_chunk or self.decode_chunk
+        return self.decode_first_chunk + self.decode_chunk.times(self.num_chunks - 2) + last
 
     @property
     def weight_bytes(self) -> int:

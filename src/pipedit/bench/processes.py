@@ -1,0 +1,86 @@
+"""Child processes of a benchmark: started, spoken to in JSON lines, and ended; every wait has a limit."""
+
+import json
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+PEERS = Path(__file__).parent / "peers"
+
+
+class Peer:
+    """A program under `peers/` that says {"ready": true} and then answers each "go" with one JSON line."""
+
+    def __init__(self, program: str, arguments: Sequence[str], *, timeout_s: float) -> None:
+        self._name, self._timeout_s = program, timeout_s
+        self._process = subprocess.Popen(
+            [sys.executable, str(PEERS / program), *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self._answer()
+
+    def run(self) -> dict[str, Any]:
+        """One run; its answer holds at least "seconds"."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait(timeout=10)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put("")  # the program ended
+
+    def _answer(self) -> dict[str, Any]:
+        try:
+            line = self._lines.get(timeout=self._timeout_s)
+        except queue.Empty:
+            self.close()
+            raise TimeoutError(f"{self._name} did not answer within {self._timeout_s:.0f} s") from None
+        if not line:
+            code = self._process.wait(timeout=10)
+            raise RuntimeError(f"{self._name} ended with exit code {code}; its messages are above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def time_command(command: Sequence[str], *, timeout_s: float) -> float:
+    """Wall seconds of a whole process, imports included; raises CalledProcessError if it fails."""
+    start = time.perf_counter()
+    subprocess.run(command, timeout=timeout_s, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def peak_memory_bytes(command: Sequence[str], *, timeout_s: float) -> int:
+    """Peak resident memory of a whole process (Linux and macOS), from the operating system's own account."""
+    script = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[2:], timeout=float(sys.argv[1]), check=True, "
+        "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(timeout_s), *command],
+        timeout=timeout_s + 10, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)

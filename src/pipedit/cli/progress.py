@@ -1,0 +1,186 @@
+"""What people see while videos are made: bars on a terminal, short lines in a log, nothing with --quiet."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from pipedit.cli.console import Terminal
+from pipedit.cli.order import Job
+from pipedit.core.units import format_seconds
+
+_LINE_EVERY_S = 10.0
+
+
+class Display:
+    """The silent one, and the contract. Use as a context manager; nothing else may write to the terminal inside,
+    except below `paused`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def loading(self, model: str) -> contextlib.AbstractContextManager[object]:  # noqa: ARG002 - the contract's
+        """Around the loading of weights."""
+        return contextlib.nullcontext()
+
+    def paused(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, the terminal is free."""
+        return contextlib.nullcontext()
+
+    def begin(self, job: Job, num_chunks: int) -> None:
+        """Work on the video begins; it will be decoded in `num_chunks` chunks."""
+
+    def progress(self, job: Job, stage: str, done: int) -> None:
+        """`done` units of "encode", "denoise" or "decode" are finished."""
+
+    def end(self, job: Job) -> None:
+        """The video is done or has failed."""
+
+
+def make_display(terminal: Terminal) -> Display:
+    if terminal.quiet:
+        return Display()
+    return BarDisplay(terminal) if terminal.is_live else LineDisplay(terminal)
+
+
+def describe_job(job: Job) -> Text:
+    """A title line: "[2/3] a red ball moves right · 33 frames of 64x64 · 30 steps · seed 7"."""
+    request = job.request
+    number = f"[{job.number}/{job.of}] " if job.of > 1 else ""
+    prompt = " ".join(request.prompt.split())
+    prompt = prompt if len(prompt) <= 100 else prompt[:99].rstrip() + "…"
+    facts = (
+        f"{request.num_frames} frame{'' if request.num_frames == 1 else 's'} of {request.width}x{request.height}",
+        f"{request.num_inference_steps} steps",
+        f"seed {request.seed}",
+    )
+    return Text.assemble((number, "dim"), (prompt, "bold"), (" · " + " · ".join(facts), "dim"))
+
+
+def _totals(job: Job, num_chunks: int) -> dict[str, int]:
+    return {"encode": 1, "denoise": job.request.num_inference_steps or 1, "decode": num_chunks}
+
+
+class LineDisplay(Display):
+    """For logs and pipes: a line when a stage is done, and one every 10 seconds within it."""
+
+    def __init__(self, terminal: Terminal, clock: Callable[[], float] = time.monotonic) -> None:
+        self._terminal, self._clock = terminal, clock
+        self._totals: dict[int, dict[str, int]] = {}
+        self._began_s: dict[tuple[int, str], float] = {}
+        self._last_line_s = 0.0
+
+    @contextlib.contextmanager
+    def loading(self, model: str) -> Iterator[None]:
+        start_s = self._clock()
+        self._terminal.say(f"loading {model}")
+        yield
+        self._terminal.say(f"loaded in {format_seconds(self._clock() - start_s)}")
+
+    def begin(self, job: Job, num_chunks: int) -> None:
+        self._totals[job.number] = _totals(job, num_chunks)
+        self._begin_stage(job, "encode")
+        self._terminal.say(describe_job(job))
+
+    def progress(self, job: Job, stage: str, done: int) -> None:
+        total, now_s = self._totals[job.number][stage], self._clock()
+        spent_s = now_s - self._began_s[job.number, stage]
+        if done == total:
+            self._say(job, f"{stage} {done}/{total}, took {format_seconds(spent_s)}")
+            following = {"encode": "denoise", "denoise": "decode"}
+            if stage in following:
+                self._begin_stage(job, following[stage])
+        elif now_s - self._last_line_s >= _LINE_EVERY_S:
+            left_s = spent_s / done * (total - done)
+            self._say(job, f"{stage} {done}/{total}, {format_seconds(left_s)} left")
+
+    def _begin_stage(self, job: Job, stage: str) -> None:
+        self._began_s[job.number, stage] = self._last_line_s = self._clock()
+
+    def _say(self, job: Job, text: str) -> None:
+        self._last_line_s = self._clock()
+        self._terminal.say(f"[{job.number}/{job.of}] {text}" if job.of > 1 else text)
+
+
+class BarDisplay(Display):
+    """Bars of the videos under way, one a stage. They vanish when a video is done; its title stays."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+        self._tasks: dict[int, dict[str, TaskID]] = {}
+        # stdout stays as it is: rich would send what is printed there to stderr.
+        self._bars = Bars(
+            TextColumn("  {task.description:<8}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            _TimeColumn(),
+            console=terminal.err,
+            transient=True,
+            redirect_stdout=False,
+            speed_estimate_period=24 * 3600.0,  # a step of a large model may take minutes
+        )
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    @contextlib.contextmanager
+    def loading(self, model: str) -> Iterator[None]:
+        task = self._bars.add_task("load", total=None)
+        self._terminal.err.print(Text(f"loading {model}", style="dim"))
+        yield
+        self._bars.remove_task(task)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self._bars.stop()
+        yield
+        self._bars.start()
+
+    def begin(self, job: Job, num_chunks: int) -> None:
+        self._terminal.err.print(describe_job(job))
+        totals = _totals(job, num_chunks)
+        self._tasks[job.number] = {
+            stage: self._bars.add_task(stage, total=total, start=stage == "encode") for stage, total in totals.items()
+        }
+
+    def progress(self, job: Job, stage: str, done: int) -> None:
+        tasks = self._tasks[job.number]
+        self._bars.update(tasks[stage], completed=done)
+        following = {"encode": "denoise", "denoise": "decode"}
+        if self._bars.tasks and stage in following and self._is_finished(tasks[stage]):
+            self._bars.start_task(tasks[following[stage]])
+
+    def _is_finished(self, task_id: TaskID) -> bool:
+        return next(task.finished for task in self._bars.tasks if task.id == task_id)
+
+    def end(self, job: Job) -> None:
+        for task in self._tasks.pop(job.number, {}).values():
+            self._bars.remove_task(task)
+
+
+class _TimeColumn(ProgressColumn):
+    """Time taken and time left: "4.2 s · 12.0 s left"."""
+
+    def render(self, task: Task) -> Text:
+        if task.elapsed is None:
+            return Text()
+        taken = format_seconds(task.finished_time if task.finished_time is not None else task.elapsed)
+        if task.finished or task.time_remaining is None:
+            return Text(taken, style="dim")
+        return Text.assemble((taken, "dim"), f" · {format_seconds(task.time_remaining)} left")

@@ -1,0 +1,234 @@
+"""What the HunyuanVideo family declares. Torch-free; the stages that hold weights are in text.py, denoise.py, decode.py."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from pipedit.core.request import RequestDefaults, VideoRequest
+from pipedit.models.adapter import (
+    AttentionSite,
+    DecodeStage,
+    DenoiseStage,
+    LayerSplit,
+    ModelAdapter,
+    Precision,
+    PromptFrame,
+    QueryKeyNorm,
+    SizeRules,
+    TextStage,
+    TokenLayout,
+)
+from pipedit.models.hunyuan_video import text_costs, transformer_costs, vae_costs
+from pipedit.models.hunyuan_video.prompt import CLIP_TOKENS, PROMPT_FRAME
+from pipedit.models.hunyuan_video.tiles import temporal_tiles
+from pipedit.plan.costs import PartBytes, RequestCost
+from pipedit.plan.precision import element_bytes
+
+
+class HunyuanVideoAdapter(ModelAdapter):
+    """HunyuanVideo text to video in diffusers format."""
+
+    family: ClassVar[str] = "hunyuan_video"
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("HunyuanVideoPipeline",)
+    prompt_frame: ClassVar[PromptFrame] = PROMPT_FRAME
+
+    @property
+    def transformer_config(self) -> dict[str, Any]:
+        return self.checkpoint.config("transformer")
+
+    @property
+    def vae_config(self) -> dict[str, Any]:
+        return self.checkpoint.config("vae")
+
+    @property
+    def temporal_factor(self) -> int:
+        return int(self.vae_config.get("temporal_compression_ratio", 4))
+
+    @property
+    def spatial_factor(self) -> int:
+        return int(self.vae_config.get("spatial_compression_ratio", 8))
+
+    @property
+    def published_defaults(self) -> RequestDefaults:
+        # 24 fps is what the original code writes (diffusers' example exports at 15); flow_shift stays the checkpoint's.
+        return RequestDefaults(
+            height=720, width=1280, num_frames=129, fps=24, num_inference_steps=50, guidance_scale=6.0,
+            true_cfg_scale=1.0, max_sequence_length=256,
+        )  # fmt: skip
+
+    @property
+    def size_rules(self) -> SizeRules:
+        patch = int(self.transformer_config.get("patch_size", 2))
+        return SizeRules(frame_step=self.temporal_factor, size_multiple=self.spatial_factor * patch)
+
+    def extra_problems(self, request: VideoRequest) -> list[str]:
+        problems = []
+        kind = self.transformer_config.get("image_condition_type")
+        if kind is not None:
+            problems.append(
+                f"{self.checkpoint.name} makes videos from an image ({kind}), which is not supported; "
+                "use a text-to-video checkpoint"
+            )
+        if request.guidance_scale_2 is not None:
+            problems.append("guidance_scale_2 is only for models with two experts (Wan 2.2 A14B); leave it out")
+        return [*problems, *self._guidance_problems(request)]
+
+    def _guidance_problems(self, request: VideoRequest) -> list[str]:
+        problems = []
+        if isinstance(request.true_cfg_scale, (int, float)):
+            if request.true_cfg_scale > 1 and request.negative_prompt is None:
+                problems.append(
+                    f"true_cfg_scale={request.true_cfg_scale} guides away from a negative prompt, and there is none; "
+                    "give negative_prompt (it may be empty) or leave true_cfg_scale out"
+                )
+            if request.true_cfg_scale <= 1 and request.negative_prompt is not None:
+                problems.append(
+                    "negative_prompt has no effect without true_cfg_scale above 1 (which doubles the time); "
+                    "set it or leave negative_prompt out"
+                )
+        default = self.defaults.guidance_scale
+        if not self.transformer_config.get("guidance_embeds", True) and request.guidance_scale != default:
+            problems.append(
+                f"guidance_scale={request.guidance_scale} has no effect: this checkpoint has no guidance embedding; "
+                "use true_cfg_scale with a negative prompt"
+            )
+        return problems
+
+    def weighted_components(self) -> Sequence[str]:
+        return ("text_encoder", "text_encoder_2", "transformer", "vae")
+
+    def default_precision(self, device_type: str) -> Precision:
+        """On a GPU as the original code runs it: text encoders and VAE in float16, the transformer in bfloat16."""
+        if device_type == "cpu":
+            return Precision(text_encoder="float32", transformer="float32", vae="float32")
+        return Precision(text_encoder="float16", transformer="bfloat16", vae="float16")
+
+    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int, int]:
+        """[1, C, F, H, W] of the latents."""
+        assert request.num_frames and request.height and request.width
+        frames = (request.num_frames - 1) // self.temporal_factor + 1
+        channels = int(self.transformer_config["in_channels"])
+        return (1, channels, frames, request.height // self.spatial_factor, request.width // self.spatial_factor)
+
+    def token_layout(self, request: VideoRequest) -> TokenLayout:
+        """`text_tokens` is the most that a prompt can have; the padding is never computed (see text.py)."""
+        assert request.max_sequence_length
+        _, _, frames, rows, columns = self.latent_shape(request)
+        config = self.transformer_config
+        patch = config.get("patch_size", 2)
+        return TokenLayout(
+            latent_frames=frames // config.get("patch_size_t", 1),
+            rows=rows // patch,
+            columns=columns // patch,
+            text_tokens=request.max_sequence_length,
+            text_is_joint=True,
+            text_is_masked=True,
+        )
+
+    def attention_sites(self) -> Sequence[AttentionSite]:
+        config = self.transformer_config
+        return [
+            AttentionSite(
+                path=f"{layer}.attn",
+                layer=number,
+                heads=config["num_attention_heads"],
+                head_dim=config["attention_head_dim"],
+                query_key_norm=QueryKeyNorm.PER_HEAD,
+                joint_text=True,
+            )
+            for number, layer in enumerate(self.layer_split().layers)
+        ]
+
+    def layer_split(self) -> LayerSplit:
+        config = self.transformer_config
+        double = (f"transformer_blocks.{layer}" for layer in range(config["num_layers"]))
+        single = (f"single_transformer_blocks.{layer}" for layer in range(config["num_single_layers"]))
+        return LayerSplit(
+            front=("x_embedder", "context_embedder", "time_text_embed"),
+            layers=(*double, *single),
+            back=("norm_out", "proj_out"),
+        )
+
+    def num_decode_chunks(self, request: VideoRequest) -> int:
+        return len(temporal_tiles(self.latent_shape(request)[2], self.temporal_factor))
+
+    def uses_true_guidance(self, request: VideoRequest) -> bool:
+        """Two forwards a step, one of them with the negative prompt."""
+        return (request.true_cfg_scale or 0) > 1 and request.negative_prompt is not None
+
+    def cost(self, request: VideoRequest, precision: Precision, *, tiling: bool = False) -> RequestCost:
+        layout, forwards = self.token_layout(request), 2 if self.uses_true_guidance(request) else 1
+        _, channels, frames, rows, columns = self.latent_shape(request)
+        checkpoint = self.checkpoint
+        llama, clip = checkpoint.config("text_encoder"), checkpoint.config("text_encoder_2")
+        encode = text_costs.llama_operations(llama, PROMPT_FRAME.cropped_tokens + layout.text_tokens)
+        decode = [
+            vae_costs.decode_operations(
+                self.vae_config, frames=len(tile.latents), rows=rows, columns=columns, tiling=tiling
+            )
+            for tile in temporal_tiles(frames, self.temporal_factor)
+        ]
+        return RequestCost(
+            num_steps=request.num_inference_steps or 1,
+            num_chunks=len(decode),
+            forwards_per_step=forwards,
+            latent_tokens=layout.latent_tokens,
+            text_tokens=layout.text_tokens,
+            latent_bytes=3 * channels * frames * rows * columns * 4,  # latents, prediction, and the next latents
+            encode=(encode + text_costs.clip_operations(clip, CLIP_TOKENS)).times(forwards),
+            forward=transformer_costs.transformer_cost(
+                transformer_costs.TransformerShape.from_config(self.transformer_config),
+                tokens=layout.latent_tokens,
+                text_tokens=layout.text_tokens,
+            ),
+            decode_first_chunk=decode[0],
+            decode_chunk=decode[min(1, len(decode) - 1)],
+            decode_last_chunk=decode[-1] if len(decode) > 1 else None,
+            parts=self._parts(layout, precision, (frames, rows, columns), tiling=tiling),
+        )
+
+    def _parts(
+        self, layout: TokenLayout, precision: Precision, latents: tuple[int, int, int], *, tiling: bool
+    ) -> dict[str, PartBytes]:
+        shape = transformer_costs.TransformerShape.from_config(self.transformer_config)
+        llama, clip = self.checkpoint.config("text_encoder"), self.checkpoint.config("text_encoder_2")
+        text, element = element_bytes(precision.text_encoder), element_bytes(precision.transformer)
+        vae = element_bytes(precision.vae)
+        llama_tokens = PROMPT_FRAME.cropped_tokens + layout.text_tokens
+        frames = max(len(tile.latents) for tile in temporal_tiles(latents[0], self.temporal_factor))
+        return {
+            "text_encoder": PartBytes(
+                weights=text_costs.llama_parameters(llama) * text,
+                working=text_costs.llama_working_bytes(llama, tokens=llama_tokens, element=text),
+            ),
+            "text_encoder_2": PartBytes(
+                weights=text_costs.clip_parameters(clip) * text,
+                working=text_costs.clip_working_bytes(clip, tokens=CLIP_TOKENS, element=text),
+            ),
+            "transformer": PartBytes(
+                weights=transformer_costs.transformer_parameters(shape) * element,
+                working=transformer_costs.transformer_working_bytes(
+                    shape, tokens=layout.latent_tokens, text_tokens=layout.text_tokens, element=element
+                ),
+            ),
+            "vae": PartBytes(
+                weights=vae_costs.decoder_parameters(self.vae_config) * vae,
+                working=vae_costs.decode_working_bytes(
+                    self.vae_config, frames=frames, rows=latents[1], columns=latents[2], element=vae, tiling=tiling
+                ),
+            ),
+        }
+
+    def load_text_stage(self, device: str, precision: Precision) -> TextStage:
+        from pipedit.models.hunyuan_video.text import HunyuanVideoTextStage
+
+        return HunyuanVideoTextStage.load(self.checkpoint, device, precision)
+
+    def load_denoise_stage(self, device: str, precision: Precision, layers: range | None = None) -> DenoiseStage:
+        from pipedit.models.hunyuan_video.denoise import HunyuanVideoDenoiseStage
+
+        return HunyuanVideoDenoiseStage.load(self, device, precision, layers)
+
+    def load_decode_stage(self, device: str, precision: Precision, *, tiling: bool = False) -> DecodeStage:
+        from pipedit.models.hunyuan_video.decode import HunyuanVideoDecodeStage
+
+        return HunyuanVideoDecodeStage.load(self, device, precision, tiling=tiling)
