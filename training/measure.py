@@ -67,11 +67,13 @@ def _describe(cover: torch.Tensor, background: str, colour: str) -> Measurement:
 
 def cover_of(pixels: torch.Tensor, ground: torch.Tensor, ink: torch.Tensor) -> torch.Tensor:
     """Share of ink in each pixel, [F, H, W] in [0, 1]; colours off the line between ground and ink count as missing
-    (where there should be ink) or as surplus (where there should be none)."""
+    (where there should be ink) or as surplus (where there should be none). A pixel within a tenth of ground or ink is
+    that: a faint tint of the whole picture is no matter of shape."""
     line = ink - ground
     share = ((pixels - ground) @ line / line.square().sum().clamp(min=1.0)).clamp(0, 1)
     off = (pixels - ground - share[..., None] * line).norm(dim=-1) / 255
-    return torch.where(share > 0.5, share - off, share + off).clamp(0, 1)
+    blamed = torch.where(share > 0.5, share - off, share + off)
+    return ((blamed - 0.1) / 0.8).clamp(0, 1)
 
 
 def nearest(palette: dict[str, tuple[int, int, int]], colour: torch.Tensor, limit: float = 60.0) -> str:

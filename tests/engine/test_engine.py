@@ -50,7 +50,11 @@ def test_updates_tell_every_step_and_frame(simulated: Callable[..., Any]) -> Non
     request_id = engine.submit(request)
     updates = list(engine.updates())
     progress = [(u.stage, u.done, u.total) for u in updates if isinstance(u, Progress)]
-    assert progress == [("encode", 1, 1), *(("denoise", n, 3) for n in (1, 2, 3)), *(("decode", n, 3) for n in (1, 2, 3))]
+    assert progress == [
+        ("encode", 1, 1),
+        *(("denoise", n, 3) for n in (1, 2, 3)),
+        *(("decode", n, 3) for n in (1, 2, 3)),
+    ]
     assert [u.first for u in updates if isinstance(u, Frames)] == [0, 1, 5]
     assert isinstance(updates[-1], Finished)
     assert {u.request_id for u in updates} == {request_id}
@@ -59,7 +63,9 @@ def test_updates_tell_every_step_and_frame(simulated: Callable[..., Any]) -> Non
 def test_everything_wrong_is_said_at_once_and_nothing_runs(simulated: Callable[..., Any]) -> None:
     engine, executor = simulated()
     with pytest.raises(pipedit.InvalidRequestError) as caught:
-        engine.generate(["", "ok"], num_frames=10, height=33, num_inference_steps=0, seed=-1, guidance_scale=float("nan"))
+        engine.generate(
+            ["", "ok"], num_frames=10, height=33, num_inference_steps=0, seed=-1, guidance_scale=float("nan")
+        )
     text = "\n".join(caught.value.problems)
     for part in ("prompt is empty", "9 and 13", "32 and 48", "num_inference_steps=0", "seed=-1", "guidance_scale=nan"):
         assert part in text
@@ -114,13 +120,13 @@ def test_failure_of_one_request_is_an_update_and_others_go_on(simulated: Callabl
     assert [type(u).__name__ for u in ends] == ["Failed", "Finished"]
 
 
-def test_impossible_settings_are_refused_when_the_engine_is_made(tiny_folder: Callable[[str], Path]) -> None:
+def test_impossible_settings_are_refused_when_the_engine_is_made() -> None:
     with pytest.raises(pipedit.InvalidRequestError) as caught:
         Engine("no-such-model", device="tpu", dtype="int3", num_workers=0)
     text = "\n".join(caught.value.problems)
     for part in ("no-such-model", "tpu", "int3", "num_workers=0"):
         assert part in text
-    with pytest.raises(pipedit.InvalidRequestError, match="did you mean wan2.1-t2v-1.3b"):
+    with pytest.raises(pipedit.InvalidRequestError, match=r"did you mean wan2\.1-t2v-1\.3b"):
         Engine("wan2.1-t2v-1.3")
 
 

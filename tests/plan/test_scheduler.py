@@ -47,7 +47,15 @@ def test_one_request_runs_every_step_and_chunk_in_order() -> None:
     scheduler = RequestScheduler(Placement.colocated(1))
     scheduler.submit("a", REQUEST, Work(num_steps=3, num_chunks=2))
     sent = drive(scheduler)
-    assert [type(c).__name__ for c in sent] == ["Encode", "Denoise", "Denoise", "Denoise", "Decode", "Decode", "Release"]
+    assert [type(c).__name__ for c in sent] == [
+        "Encode",
+        "Denoise",
+        "Denoise",
+        "Denoise",
+        "Decode",
+        "Decode",
+        "Release",
+    ]
     assert [c.step for c in sent if isinstance(c, messages.Denoise)] == [0, 1, 2]
     assert [c.chunk for c in sent if isinstance(c, messages.Decode)] == [0, 1]
     assert scheduler.job("a").phase is Phase.DONE
@@ -156,9 +164,7 @@ def test_no_order_of_events_loses_a_request_or_a_rank(seed: int, placement: Plac
     told: dict[int, list[messages.Command]] = {rank: [] for rank in placement.world}
     for _ in range(2_000):
         if waiting and rng.random() < 0.3:
-            scheduler.submit(
-                waiting.pop(), REQUEST, Work(num_steps=rng.randint(1, 3), num_chunks=rng.randint(1, 3))
-            )
+            scheduler.submit(waiting.pop(), REQUEST, Work(num_steps=rng.randint(1, 3), num_chunks=rng.randint(1, 3)))
         for command in scheduler.next_commands():
             for rank in command.ranks:
                 assert rank not in in_flight

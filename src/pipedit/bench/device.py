@@ -36,9 +36,7 @@ def measure(engine: Engine, request: VideoRequest, *, repeats: int = 5, with_dec
     )
 
 
-def _attention_rates(
-    site: AttentionSite, tokens: int, device: str, dtype: torch.dtype, repeats: int
-) -> list[Rate]:
+def _attention_rates(site: AttentionSite, tokens: int, device: str, dtype: torch.dtype, repeats: int) -> list[Rate]:
     rates = []
     for share in _SHARES:
         heads = max(site.heads // share, 1)

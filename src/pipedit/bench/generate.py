@@ -1,4 +1,4 @@
-"""`pipedit bench generate`: end to end against the plain diffusers pipeline, same weights, same machine, interleaved."""
+"""`pipedit bench generate`: end to end against the plain diffusers pipeline on the same weights, interleaved."""
 
 import contextlib
 import dataclasses
@@ -62,7 +62,13 @@ def _peer_settings(bench: GenerateBench, settings: dict[str, Any]) -> dict[str, 
     # flow_shift is the noise scheduler's in diffusers; both sides take the checkpoint's own here
     chosen = {k: v for k, v in settings.items() if k != "flow_shift"}
     on_gpu = bench.device != "cpu" and bench.dtype != "float32"
-    return {**chosen, "device": bench.device, "dtype": bench.dtype, "vae_float32": on_gpu, "compile": bench.compile_layers}
+    return {
+        **chosen,
+        "device": bench.device,
+        "dtype": bench.dtype,
+        "vae_float32": on_gpu,
+        "compile": bench.compile_layers,
+    }
 
 
 def _warm(bench: GenerateBench, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pipedit.engine.engine import Engine
 def run(bench: GenerateBench, num_frames: Sequence[int]) -> dict[str, Any]:
     """JSON-ready rows, one for each frame count: peak bytes of both sides, and the bytes of the latents, which is all
     that has to grow with the length of the video."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for frames in num_frames:
         folder, settings = complete_settings(bench, num_frames=frames)
         with tempfile.TemporaryDirectory() as scratch:
@@ -26,7 +26,7 @@ def run(bench: GenerateBench, num_frames: Sequence[int]) -> dict[str, Any]:
         "model": bench.model,
         "settings": {k: v for k, v in settings.items() if k != "num_frames"},
         "rows": rows,
-        "growth_bytes": {name: rows[-1]["peak_bytes"][name] - rows[0]["peak_bytes"][name] for name in peaks},
+        "growth_bytes": {name: rows[-1]["peak_bytes"][name] - first for name, first in rows[0]["peak_bytes"].items()},
         "environment": environment(),
     }
 

@@ -24,7 +24,8 @@ class Peer:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self._answer()
 
     def run(self) -> dict[str, Any]:
@@ -35,8 +36,13 @@ class Peer:
         return self._answer()
 
     def close(self) -> None:
+        """Ends the program. Can be called twice."""
         self._process.kill()
         self._process.wait(timeout=10)
+        self._reader.join(timeout=10)
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
 
     def __enter__(self) -> Self:
         return self
@@ -60,6 +66,7 @@ class Peer:
             raise TimeoutError(f"{self._name} did not answer within {self._timeout_s:.0f} s") from None
         if not line:
             code = self._process.wait(timeout=10)
+            self.close()
             raise RuntimeError(f"{self._name} ended with exit code {code}; its messages are above")
         answer: dict[str, Any] = json.loads(line)
         return answer

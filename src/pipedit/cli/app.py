@@ -1,5 +1,6 @@
 """The commands together, and the frame around each of them: errors become exit codes, --json becomes one document."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -8,15 +9,17 @@ from typing import Annotated
 import typer
 
 from pipedit.cli import errors
-from pipedit.cli.console import Session, Terminal, session_of
+from pipedit.cli.console import Session, session_of
 from pipedit.cli.doctor import doctor
-from pipedit.cli.generate import generate, open_engine
+from pipedit.cli.generate import EPILOG, generate, open_engine
 from pipedit.cli.models import models
+from pipedit.cli.options import Command, Group, switch
 from pipedit.cli.trace import trace
 from pipedit.core.version import __version__
 
 app = typer.Typer(
     name="pipedit",
+    cls=Group,
     help="Video from diffusion transformers on one to many GPUs.",
     epilog="[dim]Start with:[/dim] pipedit generate [green]'a red ball moves right'[/green]",
     rich_markup_mode="rich",
@@ -27,10 +30,10 @@ app = typer.Typer(
         "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
-app.command()(generate)
-app.command()(models)
-app.command()(trace)
-app.command()(doctor)
+app.command(cls=Command, epilog=EPILOG)(generate)
+app.command(cls=Command)(models)
+app.command(cls=Command)(trace)
+app.command(cls=Command)(doctor)
 # Groups of commands are registered here too: app.add_typer(group, name="...").
 
 
@@ -44,13 +47,14 @@ def _print_version(wanted: bool) -> None:
 def _root(
     context: typer.Context,
     version: Annotated[  # noqa: ARG001 - its callback does the work
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+        bool, switch("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")] = False,
+    debug: Annotated[bool, switch("--debug", help="Show the traceback when something fails.")] = False,
 ) -> None:
     session_of(context).debug = debug
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help(), err=True)
+        with contextlib.redirect_stdout(sys.stderr):  # typer prints it itself
+            context.get_help()
         raise typer.Exit(errors.BAD_INPUT)
 
 

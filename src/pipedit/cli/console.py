@@ -43,7 +43,12 @@ class Terminal:
 
     def table(self, renderable: RenderableType) -> None:
         """Data laid out for people."""
-        self.out.print(renderable)
+        if self.out.is_terminal:
+            self.out.print(renderable)
+            return
+        with self.out.capture() as capture:
+            self.out.print(renderable)
+        typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
     def document(self, value: Any) -> None:
         typer.echo(json.dumps(value, indent=2))

@@ -1,23 +1,24 @@
 """From what went wrong to what people read and scripts test: one report, one exit code.
 
-    0    done                          2    the input is wrong: every problem is listed
-    1    it failed                     130  interrupted (Ctrl-C); 128 + N for signal N, such as 143 for SIGTERM
+0    done                          2    the input is wrong: every problem is listed
+1    it failed                     130  interrupted (Ctrl-C); 128 + N for signal N, such as 143 for SIGTERM
 """
 
 import contextlib
 import dataclasses
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 import typer
 
 from pipedit.cli.console import Session
-from pipedit.core.errors import InsufficientMemoryError, InvalidRequestError, PipeditError
+from pipedit.core.errors import InsufficientMemoryError, InvalidRequestError, PipeditError, WorkerError
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+_DEBUG_HINT = "pipedit --debug ... shows where it happened"
 _STOPPING_SIGNALS = ("SIGTERM", "SIGHUP")  # by name: Windows lacks the second
 
 
@@ -74,9 +75,11 @@ def describe(error: BaseException) -> Problem:
             return Problem(kind="bad_input", messages=error.problems, exit_code=BAD_INPUT)
         case InsufficientMemoryError():
             return Problem(kind="memory", messages=tuple(str(error).splitlines()))
+        case WorkerError():
+            return Problem(kind="worker", messages=(str(error),), hints=(_DEBUG_HINT,))
         case PipeditError():
-            kind = type(error).__name__.removesuffix("Error").lower()
-            return Problem(kind=kind, messages=(str(error),))
+            kind = "failure" if type(error) is PipeditError else type(error).__name__.removesuffix("Error").lower()
+            return Problem(kind=kind, messages=tuple(str(error).splitlines()))
         case typer.TyperException():
             return _usage(error)
         case KeyboardInterrupt():
@@ -84,8 +87,16 @@ def describe(error: BaseException) -> Problem:
         case StoppedError():
             return Problem(kind="interrupted", messages=(f"stopped by {error}",), exit_code=128 + error.number)
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    hint = "this is a mistake in pipedit; run `pipedit --debug ...` to see where it happened"
-    return Problem(kind="unexpected", messages=(said,), hints=(hint,))
+    return Problem(kind="unexpected", messages=(said,), hints=(_DEBUG_HINT,))
+
+
+def together(problems: Sequence[Problem]) -> Problem:
+    """Several problems as one, which ends like the first."""
+    return dataclasses.replace(
+        problems[0],
+        messages=tuple(message for problem in problems for message in problem.messages),
+        hints=tuple(dict.fromkeys(hint for problem in problems for hint in problem.hints)),
+    )
 
 
 def tell(problem: Problem, session: Session) -> None:
@@ -109,6 +120,6 @@ def _usage(error: typer.TyperException) -> Problem:
     return Problem(
         kind="bad_input",
         messages=(message[:1].lower() + message[1:],),
-        hints=(f"{command} --help lists what can be said",),
+        hints=(f"see {command} --help",),
         exit_code=BAD_INPUT,
     )

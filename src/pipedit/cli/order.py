@@ -62,11 +62,11 @@ def make_plan(order: Order) -> Plan:
     problems += checked.problems
     own = [wish.output for wish in wishes]
     outputs = name_outputs(order.output, checked.requests, own, overwrite=order.overwrite)
-    problems += output_problems(outputs, checked.requests, overwrite=order.overwrite)
+    problems += output_problems(outputs, checked.requests, pattern=order.output, overwrite=order.overwrite)
     if order.trace is not None:
         problems += file_problems(order.trace, overwrite=order.overwrite, outputs=outputs)
     if problems:
-        raise InvalidRequestError(problems)
+        raise InvalidRequestError(list(dict.fromkeys(problems)))
     jobs = tuple(
         Job(number=number, of=len(outputs), request=request, output=output)
         for number, (request, output) in enumerate(zip(checked.requests, outputs, strict=True), start=1)

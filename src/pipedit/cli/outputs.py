@@ -1,8 +1,8 @@
 """Names of output files: patterns, names made from prompts, and what is wrong with where they lead.
 
-    -o out.mp4               one prompt; with several: out-1.mp4, out-2.mp4, ...
-    -o "{index}_{seed}.mp4"  placeholders: the number of the prompt, counted from 1, and its seed
-    nothing                  a-red-ball-moves-right.mp4 in the current folder, with a number if that exists
+-o out.mp4               one prompt; with several: out-1.mp4, out-2.mp4, ...
+-o "{index}_{seed}.mp4"  placeholders: the number of the prompt, counted from 1, and its seed
+nothing                  a-red-ball-moves-right.mp4 in the current folder, with a number if that exists
 """
 
 import os
@@ -10,12 +10,14 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pipedit.core.request import VideoRequest
 from pipedit.core.staging import target_problems
 from pipedit.media import check_output
 from pipedit.media.lossless import FrameNames
 
+Number = TypeVar("Number", int, float)
 _PLACEHOLDER = re.compile(r"\{(index|seed)\}")
 _MAX_SLUG = 60  # characters
 _DEFAULT_ENDING = ".mp4"
@@ -36,20 +38,30 @@ def name_outputs(
     return names
 
 
-def output_problems(names: Sequence[str], requests: Sequence[VideoRequest], *, overwrite: bool) -> list[str]:
+def output_problems(
+    names: Sequence[str], requests: Sequence[VideoRequest], *, pattern: str | None, overwrite: bool
+) -> list[str]:
     """Why the clips cannot be written, one sentence each. Requests should have their defaults filled in."""
-    problems = []
+    problems, writable = [], []
     for name, request in zip(names, requests, strict=True):
-        found = check_output(name, **_known_sizes(request))
-        problems += found or _existing_problems(name, overwrite=overwrite)
-    return [*dict.fromkeys(problems), *_collisions(names)]
+        found = check_output(
+            name,
+            width=_known(request.width),
+            height=_known(request.height),
+            fps=_known(request.fps),
+            num_frames=_known(request.num_frames),
+        )
+        # What is wrong with a pattern is wrong with every name made of it: said once, of the pattern.
+        problems += [text.replace(name, pattern) for text in found] if pattern is not None else found
+        writable += [] if found else [name]
+    return [*dict.fromkeys(problems), *_existing_problems(writable, overwrite=overwrite), *_collisions(names)]
 
 
 def file_problems(path: str, *, overwrite: bool, outputs: Sequence[str] = ()) -> list[str]:
     """Why no other file, such as a trace, can be written."""
     if any(Path(path) == Path(output) for output in outputs):
         return [f"{path} is already the name of a video; choose another one"]
-    return target_problems(Path(path)) or _existing_problems(path, overwrite=overwrite)
+    return target_problems(Path(path)) or _existing_problems([path], overwrite=overwrite)
 
 
 def slug(prompt: str) -> str:
@@ -83,17 +95,19 @@ def _free_name(prompt: str, *, taken: Sequence[str], overwrite: bool) -> str:
     return name
 
 
-def _known_sizes(request: VideoRequest) -> dict[str, int | float | None]:
-    """What the file's format may object to; values of a wrong type are another check's business."""
-    sizes = {name: getattr(request, name) for name in ("width", "height", "num_frames", "fps")}
-    return {name: value if isinstance(value, int | float) and value > 0 else None for name, value in sizes.items()}
+def _known(value: Number | None) -> Number | None:
+    """A size, as far as it makes sense; that it does not is another check's business."""
+    return value if isinstance(value, int | float) and value > 0 else None
 
 
-def _existing_problems(name: str, *, overwrite: bool) -> list[str]:
-    existing = _existing(name)
-    if overwrite or existing is None:
+def _existing_problems(names: Sequence[str], *, overwrite: bool) -> list[str]:
+    found = [] if overwrite else [existing for name in names if (existing := _existing(name)) is not None]
+    if not found:
         return []
-    return [f"{existing} exists; choose another name, or add --overwrite to replace it"]
+    if len(found) == 1:
+        return [f"{found[0]} exists; choose another name, or add --overwrite to replace it"]
+    first = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return [f"{first} exist; choose other names, or add --overwrite to replace them"]
 
 
 def _existing(name: str) -> str | None:

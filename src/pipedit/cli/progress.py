@@ -8,6 +8,7 @@ from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
+from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from pipedit.cli.console import Terminal
@@ -15,6 +16,7 @@ from pipedit.cli.order import Job
 from pipedit.core.units import format_seconds
 
 _LINE_EVERY_S = 10.0
+_FOLLOWING = {"encode": "denoise", "denoise": "decode"}
 
 
 class Display:
@@ -97,9 +99,8 @@ class LineDisplay(Display):
         spent_s = now_s - self._began_s[job.number, stage]
         if done == total:
             self._say(job, f"{stage} {done}/{total}, took {format_seconds(spent_s)}")
-            following = {"encode": "denoise", "denoise": "decode"}
-            if stage in following:
-                self._begin_stage(job, following[stage])
+            if stage in _FOLLOWING:
+                self._begin_stage(job, _FOLLOWING[stage])
         elif now_s - self._last_line_s >= _LINE_EVERY_S:
             left_s = spent_s / done * (total - done)
             self._say(job, f"{stage} {done}/{total}, {format_seconds(left_s)} left")
@@ -118,10 +119,11 @@ class BarDisplay(Display):
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
         self._tasks: dict[int, dict[str, TaskID]] = {}
+        self._totals: dict[int, dict[str, int]] = {}
         # stdout stays as it is: rich would send what is printed there to stderr.
         self._bars = Bars(
             TextColumn("  {task.description:<8}"),
-            BarColumn(bar_width=32),
+            _StillBarColumn(bar_width=32),
             MofNCompleteColumn(),
             _TimeColumn(),
             console=terminal.err,
@@ -130,48 +132,47 @@ class BarDisplay(Display):
             speed_estimate_period=24 * 3600.0,  # a step of a large model may take minutes
         )
 
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
 
-    @contextlib.contextmanager
-    def loading(self, model: str) -> Iterator[None]:
-        task = self._bars.add_task("load", total=None)
-        self._terminal.err.print(Text(f"loading {model}", style="dim"))
-        yield
-        self._bars.remove_task(task)
+    def loading(self, model: str) -> contextlib.AbstractContextManager[object]:
+        return self._terminal.err.status(Text(f"loading {model}"))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         self._bars.stop()
         yield
-        self._bars.start()
+        if self._tasks:
+            self._bars.start()
 
     def begin(self, job: Job, num_chunks: int) -> None:
-        self._terminal.err.print(describe_job(job))
-        totals = _totals(job, num_chunks)
+        self._terminal.err.print(describe_job(job), soft_wrap=True)
+        self._bars.start()  # no effect if they are there already
+        totals = self._totals[job.number] = _totals(job, num_chunks)
         self._tasks[job.number] = {
             stage: self._bars.add_task(stage, total=total, start=stage == "encode") for stage, total in totals.items()
         }
 
     def progress(self, job: Job, stage: str, done: int) -> None:
-        tasks = self._tasks[job.number]
+        tasks, totals = self._tasks[job.number], self._totals[job.number]
         self._bars.update(tasks[stage], completed=done)
-        following = {"encode": "denoise", "denoise": "decode"}
-        if self._bars.tasks and stage in following and self._is_finished(tasks[stage]):
-            self._bars.start_task(tasks[following[stage]])
-
-    def _is_finished(self, task_id: TaskID) -> bool:
-        return next(task.finished for task in self._bars.tasks if task.id == task_id)
+        if done == totals[stage] and stage in _FOLLOWING:
+            self._bars.start_task(tasks[_FOLLOWING[stage]])
 
     def end(self, job: Job) -> None:
         for task in self._tasks.pop(job.number, {}).values():
             self._bars.remove_task(task)
+
+
+class _StillBarColumn(BarColumn):
+    """A stage that has not begun is an empty bar; rich would let it pulse."""
+
+    def render(self, task: Task) -> ProgressBar:
+        bar = super().render(task)
+        bar.pulse = False
+        return bar
 
 
 class _TimeColumn(ProgressColumn):

@@ -25,7 +25,7 @@ from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Progress
 from pipedit.engine.video import Video
 from pipedit.executor.base import Executor
 from pipedit.media import VideoMetadata
-from pipedit.models.adapter import ModelAdapter, Precision
+from pipedit.models.adapter import Precision
 from pipedit.models.registry import EMBEDDED, fetch_weights
 from pipedit.plan.scheduler import Phase, RequestScheduler, Work
 from pipedit.plan.timeline import Timeline
@@ -34,6 +34,7 @@ from pipedit.worker.device import resolve_device
 START_TIMEOUT_S = 1800.0
 RECEIVE_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 10.0
+MAX_SPANS = 200_000  # about 100 MiB; an engine that serves for weeks keeps the newest ones
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -83,7 +84,7 @@ class Engine:
         self._running: dict[str, _Running] = {}
         self._ids = (f"request-{number}" for number in itertools.count(1))
         self._to_cancel: collections.deque[str] = collections.deque()  # filled by any thread, emptied by the driver
-        self._spans: list[Span] = []
+        self._spans: collections.deque[Span] = collections.deque(maxlen=MAX_SPANS)
 
     # -- for people ---------------------------------------------------------------------------------------------
 
@@ -174,7 +175,7 @@ class Engine:
                 yield from self._take(event)
 
     def timeline(self) -> Timeline:
-        """Everything that ran so far, as spans on the run's clock."""
+        """What ran so far (the newest MAX_SPANS pieces of work), as spans on the run's clock."""
         return Timeline(
             spans=tuple(self._spans), metadata={"model": self.settings.model, "pipedit_version": __version__}
         )

@@ -50,9 +50,7 @@ def unknown_settings(settings: dict[str, Any]) -> list[str]:
     return problems
 
 
-def check_input(
-    settings: EngineSettings, requests: Sequence[VideoRequest], labels: Sequence[str] = ()
-) -> CheckedInput:
+def check_input(settings: EngineSettings, requests: Sequence[VideoRequest], labels: Sequence[str] = ()) -> CheckedInput:
     """Everything that is wrong with the settings, the model and the requests, found in one go; raises nothing.
 
     `labels` say where each request comes from, such as "prompts.txt:3"; without them, several are numbered.
@@ -75,9 +73,7 @@ def complete_requests(requests: Sequence[VideoRequest], adapter: ModelAdapter) -
     return [request.complete(adapter.defaults) for request in requests]
 
 
-def request_problems(
-    requests: Sequence[VideoRequest], adapter: ModelAdapter, labels: Sequence[str] = ()
-) -> list[str]:
+def request_problems(requests: Sequence[VideoRequest], adapter: ModelAdapter, labels: Sequence[str] = ()) -> list[str]:
     """Problems of all the completed requests, each with its label where there are several."""
     return _labelled([check_request(request, adapter) for request in requests], labels)
 
@@ -97,10 +93,13 @@ def with_seed(request: VideoRequest) -> VideoRequest:
 
 
 def _labelled(found: Sequence[Sequence[str]], labels: Sequence[str]) -> list[str]:
+    """Each problem behind the label of its request. What is wrong with all of several is said once, without one."""
     if not labels:
-        labels = [f"prompt {number}" for number in range(1, len(found) + 1)] if len(found) > 1 else [""]
-    return [
-        f"{label}: {text}" if label else text
+        labels = [f"prompt {number}" for number in range(1, len(found) + 1)] if len(found) > 1 else [""] * len(found)
+    shared = set.intersection(*map(set, found)) if len(found) > 1 else set()
+    labelled = (
+        f"{label}: {text}" if label and text not in shared else text
         for label, problems in zip(labels, found, strict=True)
         for text in problems
-    ]
+    )
+    return list(dict.fromkeys(labelled))

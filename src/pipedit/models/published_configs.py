@@ -193,4 +193,6 @@ class PublishedCheckpoint(Checkpoint):
         raise CheckpointError(f"{self.name} was opened for planning, without files; there is no {component} to read")
 
     def weights(self, component: str) -> WeightFiles:
-        raise CheckpointError(f"{self.name} was opened for planning, without weights; open the model itself")
+        raise CheckpointError(
+            f"{self.name} was opened for planning, without weights of its {component}; open the model itself"
+        )

@@ -97,7 +97,10 @@ def open_published(name: str) -> ModelAdapter:
     alias = aliases.get(name, name.lower())
     if alias not in PUBLISHED:
         raise InvalidRequestError(
-            [f"the config of {name!r} is not built in; built in are {', '.join(PUBLISHED)}{_nearest(alias, [*PUBLISHED])}"]
+            [
+                f"the config of {name!r} is not built in; built in are {', '.join(PUBLISHED)}"
+                f"{_nearest(alias, list(PUBLISHED))}"
+            ]
         )
     return _adapter(PublishedCheckpoint.of(alias))
 
@@ -118,7 +121,7 @@ def _adapter(checkpoint: Checkpoint) -> ModelAdapter:
 
 def fetch_weights(adapter: ModelAdapter) -> None:
     """Makes sure that every weight file is on disk; downloads what is missing for hub models."""
-    problems = _missing_weights(adapter)
+    problems = missing_weights(adapter)
     if not problems:
         return
     hub_id = _hub_id(adapter.checkpoint.name)
@@ -129,10 +132,11 @@ def fetch_weights(adapter: ModelAdapter) -> None:
 
 def weight_problems(adapter: ModelAdapter) -> list[str]:
     """Weight files that a model in a folder lacks, or that are pickled. Of a hub model, they can be downloaded: none."""
-    return [] if _hub_id(adapter.checkpoint.name) else _missing_weights(adapter)
+    return [] if _hub_id(adapter.checkpoint.name) else missing_weights(adapter)
 
 
-def _missing_weights(adapter: ModelAdapter) -> list[str]:
+def missing_weights(adapter: ModelAdapter) -> list[str]:
+    """What the model's weight files on this machine lack, a sentence each: missing, cut short, pickled."""
     problems = []
     for component in filter(adapter.checkpoint.has, adapter.weighted_components()):
         try:

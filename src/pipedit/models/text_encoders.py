@@ -16,7 +16,12 @@ EncoderT = TypeVar("EncoderT", bound=PreTrainedModel)
 
 
 def load_text_encoder(
-    cls: type[EncoderT], checkpoint: Checkpoint, component: str, device: str, precision: Precision, **config_changes: Any
+    cls: type[EncoderT],
+    checkpoint: Checkpoint,
+    component: str,
+    device: str,
+    precision: Precision,
+    **config_changes: Any,
 ) -> EncoderT:
     """The component in eval mode on `device`. transformers reads safetensors tensor by tensor onto the device and
     knows the renames between its versions, so its loader is used rather than ours. Pickled weights are refused, and
@@ -35,7 +40,8 @@ def load_text_encoder(
         )
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{component}: {len(missing)} tensors are missing, {missing[0]} among them")
-    return encoder.eval().requires_grad_(False)
+    frozen: EncoderT = encoder.eval().requires_grad_(False)
+    return frozen
 
 
 @contextlib.contextmanager

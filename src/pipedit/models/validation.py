@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +15,51 @@ _SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
 
 def check_request(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
     """Problems of a completed request (see `VideoRequest.complete`); an empty list means that it can run."""
+    sound = _without(request, _wrong_types(request))
     return [
         *check_values(request),
-        *_size_problems(request, adapter),
-        *_length_problems(request, adapter),
-        *adapter.extra_problems(request),
+        *_size_problems(sound, adapter),
+        *_length_problems(sound, adapter),
+        *adapter.extra_problems(sound),
     ]
 
 
 def check_values(request: VideoRequest) -> list[str]:
     """The problems that can be seen without knowing the model. Fields may be open."""
-    problems = [*_type_problems(request), *_number_problems(request)]
+    wrong = _wrong_types(request)
+    problems = [*wrong.values(), *_number_problems(_without(request, wrong))]
     if isinstance(request.prompt, str) and not request.prompt.strip():
         problems.append("the prompt is empty; say what the video should show")
     return problems
 
 
-def _type_problems(request: VideoRequest) -> list[str]:
-    problems = []
+def _wrong_types(request: VideoRequest) -> dict[str, str]:
+    """Fields whose value is of another type, and the sentence about it."""
+    problems = {}
     for field in dataclasses.fields(VideoRequest):
         value = getattr(request, field.name)
         kinds: tuple[type, ...] = (int, float) if "float" in str(field.type) else (int,)
         if "str" in str(field.type):
             kinds = (str,)
         if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-            problems.append(f"{field.name}={value!r} should be {' or '.join(kind.__name__ for kind in kinds)}")
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            problems[field.name] = f"{field.name}={value!r} should be {wanted}"
     return problems
+
+
+def _without(request: VideoRequest, fields: Iterable[str]) -> VideoRequest:
+    """The request with these fields open, so that one mistake is not told twice."""
+    return dataclasses.replace(request, **dict.fromkeys(fields))
 
 
 def _size_problems(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
     rules, problems = adapter.size_rules, []
     frames, step = request.num_frames, rules.frame_step
-    if isinstance(frames, int) and (frames < 1 or (frames - 1) % step):
+    if frames is not None and (frames < 1 or (frames - 1) % step):
         problems.append(f"num_frames={frames} is not {step}n+1; the nearest are {_nearest_text(frames - 1, step, 0, 1)}")
     for name in ("height", "width"):
         size = getattr(request, name)
-        if isinstance(size, int) and (size < 1 or size % rules.size_multiple):
+        if size is not None and (size < 1 or size % rules.size_multiple):
             near = _nearest_text(size, rules.size_multiple, rules.size_multiple, 0)
             problems.append(f"{name}={size} is not a multiple of {rules.size_multiple}; the nearest are {near}")
     return problems
@@ -65,17 +75,17 @@ def _number_problems(request: VideoRequest) -> list[str]:
     problems = []
     for name in _COUNTS:
         value = getattr(request, name)
-        if isinstance(value, int) and value < 1:
+        if value is not None and value < 1:
             problems.append(f"{name}={value} must be at least 1")
     for name in _SCALES:
         value = getattr(request, name)
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+        if value is not None and not (math.isfinite(value) and value >= 0):
             problems.append(f"{name}={value} must be a number of at least 0")
     for name in ("fps", "flow_shift"):
         value = getattr(request, name)
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and value > 0):
+        if value is not None and not (math.isfinite(value) and value > 0):
             problems.append(f"{name}={value} must be above 0")
-    if isinstance(request.seed, int) and not 0 <= request.seed <= MAX_SEED:
+    if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
         problems.append(f"seed={request.seed} must lie between 0 and 2^63 - 1")
     return problems
 

@@ -8,6 +8,7 @@ SETTINGS is a JSON object: the arguments of the pipeline's call, plus seed, devi
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -16,7 +17,7 @@ def load(folder: str, settings: dict[str, Any]) -> Any:
     from diffusers import DiffusionPipeline
 
     parts = {}
-    if "HunyuanVideo" in open(f"{folder}/model_index.json").read():
+    if "HunyuanVideo" in Path(folder, "model_index.json").read_text():
         # The class named in model_index.json rebuilds the tokenizer wrongly under transformers 5.
         from transformers import PreTrainedTokenizerFast
 

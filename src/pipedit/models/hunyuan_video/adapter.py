@@ -1,4 +1,4 @@
-"""What the HunyuanVideo family declares. Torch-free; the stages that hold weights are in text.py, denoise.py, decode.py."""
+"""What the HunyuanVideo family declares. Torch-free; stages that hold weights are in text.py, denoise.py, decode.py."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -73,20 +73,20 @@ class HunyuanVideoAdapter(ModelAdapter):
         return [*problems, *self._guidance_problems(request)]
 
     def _guidance_problems(self, request: VideoRequest) -> list[str]:
-        problems = []
-        if isinstance(request.true_cfg_scale, (int, float)):
-            if request.true_cfg_scale > 1 and request.negative_prompt is None:
+        problems, scale = [], request.true_cfg_scale
+        if scale is not None:
+            if scale > 1 and request.negative_prompt is None:
                 problems.append(
-                    f"true_cfg_scale={request.true_cfg_scale} guides away from a negative prompt, and there is none; "
+                    f"true_cfg_scale={scale} guides away from a negative prompt, and there is none; "
                     "give negative_prompt (it may be empty) or leave true_cfg_scale out"
                 )
-            if request.true_cfg_scale <= 1 and request.negative_prompt is not None:
+            if scale <= 1 and request.negative_prompt is not None:
                 problems.append(
                     "negative_prompt has no effect without true_cfg_scale above 1 (which doubles the time); "
                     "set it or leave negative_prompt out"
                 )
-        default = self.defaults.guidance_scale
-        if not self.transformer_config.get("guidance_embeds", True) and request.guidance_scale != default:
+        chosen = request.guidance_scale not in (None, self.defaults.guidance_scale)
+        if chosen and not self.transformer_config.get("guidance_embeds", True):
             problems.append(
                 f"guidance_scale={request.guidance_scale} has no effect: this checkpoint has no guidance embedding; "
                 "use true_cfg_scale with a negative prompt"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(kw_only=True)
 class HunyuanVideoDecodeState:
-    """Scaled latents [1, C, F, H, W] in the VAE's precision and the last frames of the tile before, not yet given out."""
+    """Scaled latents [1, C, F, H, W] in the VAE's precision, and the end of the tile before that was not given out."""
 
     latents: torch.Tensor
     overlap: torch.Tensor | None = None  # [1, 3, BLENDED_FRAMES, height, width]

@@ -33,7 +33,11 @@ class HunyuanVideoState:
 
 class HunyuanVideoDenoiseStage:
     def __init__(
-        self, adapter: "HunyuanVideoAdapter", device: str, dtype: torch.dtype, transformer: HunyuanVideoTransformer3DModel
+        self,
+        adapter: "HunyuanVideoAdapter",
+        device: str,
+        dtype: torch.dtype,
+        transformer: HunyuanVideoTransformer3DModel,
     ) -> None:
         self._adapter, self._device, self._dtype, self.transformer = adapter, device, dtype, transformer
         for layer in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
@@ -85,7 +89,9 @@ class HunyuanVideoDenoiseStage:
             negative = self._predict(
                 latents, timestep, state.guidance, conditioning["negative"], conditioning["negative_pooled"]
             )
-            prediction = negative + state.request.true_cfg_scale * (prediction - negative)
+            scale = state.request.true_cfg_scale
+            assert scale is not None
+            prediction = negative + scale * (prediction - negative)
         state.latents = state.noise_scheduler.step(prediction, time, state.latents, return_dict=False)[0]
 
     def latents(self, state: HunyuanVideoState) -> torch.Tensor:

@@ -75,7 +75,9 @@ class HunyuanVideoTextStage:
         ids = tokens.input_ids
         if len(ids) > CLIP_TOKENS:
             unseen = prompt[tokens.offset_mapping[CLIP_TOKENS - 1][0] :]
-            _log.warning("CLIP reads %d tokens, only the language model sees the rest of the prompt: %r", CLIP_TOKENS, unseen)
+            _log.warning(
+                "CLIP reads %d tokens, only the language model sees the rest of the prompt: %r", CLIP_TOKENS, unseen
+            )
             ids = [*ids[: CLIP_TOKENS - 1], ids[-1]]  # the end token stays: its state is the pooled embedding
         pooled: torch.Tensor = self.clip(input_ids=torch.tensor([ids], device=self.clip.device)).pooler_output
         return pooled

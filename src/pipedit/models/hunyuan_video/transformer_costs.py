@@ -110,8 +110,11 @@ def _front(shape: TransformerShape, *, tokens: int, text_tokens: int) -> Operati
 
 
 def transformer_working_bytes(shape: TransformerShape, *, tokens: int, text_tokens: int, element: int) -> int:
-    """Peak of one single-stream layer: while q or k is rotated in float32, the residual stream, its norm, the
-    feed-forward half and q, k, v are alive."""
-    rows = (tokens + text_tokens) * shape.hidden
-    alive = 6 + shape.ffn / shape.hidden
-    return int(rows * (alive * element + 4 * 4))
+    """Peak of one single-stream layer: either while q or k is rotated in float32 beside the feed-forward half, or at
+    its output, when that half has been joined with the attention."""
+    row = (tokens + text_tokens) * shape.hidden
+    feed_forward = (tokens + text_tokens) * shape.ffn
+    rotating = (8 * row + feed_forward) * element + 3 * row * 4
+    leaving = (8 * row + 2 * feed_forward) * element
+    angles = 2 * tokens * shape.head_dim * 4
+    return max(rotating, leaving) + angles

@@ -28,7 +28,7 @@ class _Convolution:
         return self.in_channels * self.out_channels * self.kernel + self.out_channels
 
     def positions(self, frames: int, rows: int, columns: int) -> int:
-        return ((frames - 1) * 2**self.doublings + 1) * rows * columns * self.space**2
+        return _lengthened(frames, self.doublings) * rows * columns * self.space**2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,3 +128,48 @@ def _decode_whole(config: dict[str, Any], frames: int, rows: int, columns: int) 
 def _tiles(config: dict[str, Any], rows: int, columns: int, *, tiling: bool) -> list[tuple[int, int]]:
     factor = config.get("spatial_compression_ratio", 8)
     return tile_sizes(rows, columns, PICTURE.scaled_down(factor) if tiling else None)
+
+
+def decode_working_bytes(
+    config: dict[str, Any], *, frames: int, rows: int, columns: int, element: int, tiling: bool = False
+) -> int:
+    """Peak of decoding one temporal tile: the hungriest of its spatial tiles, and the pictures put together of them.
+
+    Without spatial tiles either the last upsampling or the mid block's dense mask decides: the mask has one entry for
+    each pair of latent positions.
+    """
+    tiles = _tiles(config, rows, columns, tiling=tiling)
+    peak = max(_tile_working_bytes(config, frames, height, width, element) for height, width in tiles)
+    doublings = int(math.log2(config.get("temporal_compression_ratio", 4)))
+    space = int(config.get("spatial_compression_ratio", 8))
+    values = 3 * _lengthened(frames, doublings) * rows * columns * space**2
+    assembled = values * 2 * element if len(tiles) > 1 else 0
+    return max(peak + assembled, values * (2 * element + 3 * 4))  # the latter: turning values into bytes
+
+
+def _tile_working_bytes(config: dict[str, Any], frames: int, rows: int, columns: int, element: int) -> int:
+    mask = (frames * rows * columns) ** 2 * max(4 + 1, 4 + element) if _attention_width(config) else 0
+    return max(mask, *(_level_values(level, frames, rows, columns) * element for level in _levels(config)))
+
+
+def _level_values(level: _Level, frames: int, rows: int, columns: int) -> int:
+    """Values alive at the hungriest moment of an up block: in its first residual block or in its upsampling."""
+    height, width = rows * level.space, columns * level.space
+    length = _lengthened(frames, level.doublings)
+    into, out = level.in_channels, level.out_channels
+    entered = length * height * width * into  # the block's input stays alive
+    residual = 2 * entered + _padded(length, height, width) * into + length * height * width * out
+    up_length = (length - 1) * level.time_factor + 1
+    up_height, up_width = height * level.space_factor, width * level.space_factor
+    copies = 3 if length > 1 else 2  # upsampled parts, those joined, and the convolution's output
+    upsampled = _padded(up_length, up_height, up_width) + copies * up_length * up_height * up_width
+    return max(residual, entered + (length * height * width + upsampled) * out)
+
+
+def _lengthened(frames: int, doublings: int) -> int:
+    """The first frame stays one frame, every other one doubles."""
+    return (frames - 1) * int(2**doublings) + 1
+
+
+def _padded(length: int, height: int, width: int) -> int:
+    return (length + 2) * (height + 2) * (width + 2)

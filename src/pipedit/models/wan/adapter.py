@@ -1,4 +1,4 @@
-"""What the Wan family declares. Torch-free; the stages that hold weights are in `stages.py`."""
+"""What the Wan family declares. Torch-free; stages that hold weights are in text.py, denoise.py, decode.py."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from pipedit.models.adapter import (
     TextStage,
     TokenLayout,
 )
-from pipedit.models.wan import costs
+from pipedit.models.wan import text_costs, transformer_costs, vae_costs
 from pipedit.plan.costs import PartBytes, RequestCost
 from pipedit.plan.precision import element_bytes
 
@@ -145,60 +145,64 @@ class WanAdapter(ModelAdapter):
         assert request.guidance_scale is not None
         return request.guidance_scale > 1.0
 
-    def cost(self, request: VideoRequest, precision: Precision) -> RequestCost:
-        shape = costs.TransformerShape.from_config(self.transformer_config)
-        layout, guided = self.token_layout(request), self.uses_guidance(request)
+    def cost(self, request: VideoRequest, precision: Precision, *, tiling: bool = False) -> RequestCost:
+        layout, forwards = self.token_layout(request), 2 if self.uses_guidance(request) else 1
         _, channels, frames, rows, columns = self.latent_shape(request)
-        text, vae = self.checkpoint.config("text_encoder"), self.vae_config
-        steps, length = request.num_inference_steps or 1, layout.text_tokens
-        forward = costs.transformer_cost(
-            shape,
+        forward = transformer_costs.transformer_cost(
+            transformer_costs.TransformerShape.from_config(self.transformer_config),
             tokens=layout.latent_tokens,
-            text_tokens=length,
+            text_tokens=layout.text_tokens,
             timesteps=layout.latent_tokens if self.expands_timesteps else 1,
         )
+        encode = text_costs.umt5_operations(self.checkpoint.config("text_encoder"), layout.text_tokens)
+        first, later = (
+            vae_costs.decode_operations(self.vae_config, rows=rows, columns=columns, first=first, tiling=tiling)
+            for first in (True, False)
+        )
         return RequestCost(
-            num_steps=steps,
+            num_steps=request.num_inference_steps or 1,
             num_chunks=frames,
-            forwards_per_step=2 if guided else 1,
+            forwards_per_step=forwards,
             latent_tokens=layout.latent_tokens,
-            text_tokens=length,
+            text_tokens=layout.text_tokens,
             latent_bytes=4 * channels * frames * rows * columns * 4,  # latents and the noise scheduler's history
-            encode=costs.umt5_operations(text, length).times(2 if guided else 1),
+            encode=encode.times(forwards),
             forward=forward,
-            decode_first_chunk=costs.decode_operations(vae, rows=rows, columns=columns, first=True),
-            decode_chunk=costs.decode_operations(vae, rows=rows, columns=columns, first=False),
-            parts=self._parts(shape, layout, precision, rows, columns),
+            decode_first_chunk=first,
+            decode_chunk=later,
+            parts=self._parts(layout, precision, rows, columns, tiling=tiling),
         )
 
     def _parts(
-        self, shape: costs.TransformerShape, layout: TokenLayout, precision: Precision, rows: int, columns: int
+        self, layout: TokenLayout, precision: Precision, rows: int, columns: int, *, tiling: bool
     ) -> dict[str, PartBytes]:
-        text, vae = self.checkpoint.config("text_encoder"), self.vae_config
-        text_element = element_bytes(precision.text_encoder)
-        element, vae_element = element_bytes(precision.transformer), element_bytes(precision.vae)
-        length = layout.text_tokens
+        shape = transformer_costs.TransformerShape.from_config(self.transformer_config)
+        text_config, text = self.checkpoint.config("text_encoder"), element_bytes(precision.text_encoder)
+        element, vae = element_bytes(precision.transformer), element_bytes(precision.vae)
         expert = PartBytes(
-            weights=costs.transformer_parameters(shape) * element,
-            working=costs.transformer_working_bytes(
-                shape, tokens=layout.latent_tokens, text_tokens=length, element=element
+            weights=transformer_costs.transformer_parameters(shape) * element,
+            working=transformer_costs.transformer_working_bytes(
+                shape,
+                tokens=layout.latent_tokens,
+                text_tokens=layout.text_tokens,
+                timesteps=layout.latent_tokens if self.expands_timesteps else 1,
+                element=element,
             ),
         )
-        parts = {
+        return {
             "text_encoder": PartBytes(
-                weights=costs.umt5_parameters(text) * text_element,
-                working=length * (2 * text["d_ff"] + 4 * text["d_model"]) * text_element
-                + 2 * length * length * text["num_heads"] * 4,
+                weights=text_costs.umt5_parameters(text_config) * text,
+                working=text_costs.umt5_working_bytes(text_config, tokens=layout.text_tokens, element=text),
             ),
             "transformer": expert,
+            **({"transformer_2": expert} if self.has_two_experts else {}),
+            "vae": PartBytes(
+                weights=vae_costs.decoder_parameters(self.vae_config) * vae,
+                working=vae_costs.decode_working_bytes(
+                    self.vae_config, rows=rows, columns=columns, element=vae, tiling=tiling
+                ),
+            ),
         }
-        if self.has_two_experts:
-            parts["transformer_2"] = expert
-        parts["vae"] = PartBytes(
-            weights=costs.decoder_parameters(vae) * vae_element,
-            working=costs.decode_working_bytes(vae, rows=rows, columns=columns, element=vae_element),
-        )
-        return parts
 
     def load_text_stage(self, device: str, precision: Precision) -> TextStage:
         from pipedit.models.wan.text import WanTextStage

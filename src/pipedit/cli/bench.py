@@ -1,0 +1,196 @@
+"""`pipedit bench`: measurements anybody can repeat. Every figure comes with the machine, the commit and the command."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from pipedit.cli.console import Session, session_of
+from pipedit.core.errors import InvalidRequestError
+from pipedit.core.staging import write_text_whole
+from pipedit.core.units import format_bytes, format_seconds
+
+bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Option(help="Model to measure: a folder, a hub id or a short name.")]
+RandomModel = Annotated[
+    str | None,
+    typer.Option("--random-model", help="Build this random-weight pipeline instead of --model (wan_mid, wan22, ...)."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16, for both sides.")]
+NumFrames = Annotated[int | None, typer.Option(help="Frames (default: the model's).")]
+Height = Annotated[int | None, typer.Option(help="Height in pixels (default: the model's).")]
+Width = Annotated[int | None, typer.Option(help="Width in pixels (default: the model's).")]
+Steps = Annotated[int | None, typer.Option("--num-inference-steps", help="Denoising steps (default: the model's).")]
+TextLength = Annotated[int | None, typer.Option("--max-sequence-length", help="Text tokens (default: the model's).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the whole result as one JSON document.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="Also write the JSON result to this file.")]
+
+
+@bench.command("generate")
+def bench_generate(
+    context: typer.Context,
+    model: Model = "tiny",
+    random_model: RandomModel = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    num_frames: NumFrames = None,
+    height: Height = None,
+    width: Width = None,
+    num_inference_steps: Steps = None,
+    max_sequence_length: TextLength = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds with both sides loaded.")] = 5,
+    cold_rounds: Annotated[int, typer.Option(min=0, help="Rounds of fresh processes, imports included.")] = 5,
+    compile_layers: Annotated[
+        bool, typer.Option("--enable-torch-compile", help="torch.compile of the layers, on both sides.")
+    ] = False,
+    as_json: AsJson = False,
+    output: Output = None,
+) -> None:
+    """End to end against the plain diffusers pipeline: same weights, same machine, interleaved."""
+    from pipedit.bench import generate
+
+    session = session_of(context)
+    settings = _settings(num_frames, height, width, num_inference_steps, max_sequence_length)
+    with tempfile.TemporaryDirectory() as scratch:
+        plan = generate.GenerateBench(
+            model=_model(model, random_model, Path(scratch)), settings=settings, device=device, dtype=dtype,
+            rounds=rounds, cold_rounds=cold_rounds, compile_layers=compile_layers,
+        )  # fmt: skip
+        result = generate.run(plan)
+    _name_random(result, random_model)
+    _finish(session, result, output)
+    if not as_json:
+        session.terminal.table(_generate_table(result))
+
+
+@bench.command("memory")
+def bench_memory(
+    context: typer.Context,
+    model: Model = "tiny",
+    random_model: RandomModel = None,
+    dtype: Dtype = "float32",
+    num_frames: Annotated[str, typer.Option(help="Frame counts, separated by commas.")] = "17,65,129,257",
+    height: Height = None,
+    width: Width = None,
+    num_inference_steps: Steps = 1,
+    max_sequence_length: TextLength = None,
+    as_json: AsJson = False,
+    output: Output = None,
+) -> None:
+    """Peak memory of a whole process against the number of frames, beside plain diffusers. On the CPU."""
+    from pipedit.bench import generate, memory
+
+    session = session_of(context)
+    counts = _counts(num_frames)
+    settings = _settings(None, height, width, num_inference_steps, max_sequence_length)
+    with tempfile.TemporaryDirectory() as scratch:
+        chosen = _model(model, random_model, Path(scratch))
+        result = memory.run(generate.GenerateBench(model=chosen, settings=settings, dtype=dtype), counts)
+    _name_random(result, random_model)
+    _finish(session, result, output)
+    if not as_json:
+        session.terminal.table(_memory_table(result))
+
+
+@bench.command("device")
+def bench_device(
+    context: typer.Context,
+    model: Model = "tiny",
+    random_model: RandomModel = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    num_frames: NumFrames = None,
+    height: Height = None,
+    width: Width = None,
+    as_json: AsJson = False,
+    output: Output = None,
+) -> None:
+    """Rates of attention, linear layers and VAE decoding at a model's shapes: a device profile for planning."""
+    import dataclasses
+
+    from pipedit.bench.device import measure
+    from pipedit.core.request import VideoRequest
+    from pipedit.engine.engine import Engine
+    from pipedit.plan.device_profile import write_profile
+
+    session = session_of(context)
+    settings = _settings(num_frames, height, width, None, None)
+    with tempfile.TemporaryDirectory() as scratch:
+        engine = Engine(_model(model, random_model, Path(scratch)), device=device, dtype=dtype)
+        (request,) = engine.prepare([VideoRequest(prompt="a red ball moves right", seed=0, **settings)])
+        profile = measure(engine, request)
+    if output is not None:
+        write_profile(profile, output)
+    session.report.update(dataclasses.asdict(profile))
+    if not as_json:
+        table = Table("work", "dtype", "shape", "rate", title=profile.device, box=None)
+        for rate in profile.rates:
+            shape = ", ".join(f"{name} {size}" for name, size in rate.shape.items())
+            table.add_row(rate.kind, rate.dtype, shape, f"{rate.operations_per_s / 1e9:.1f} GFLOP/s")
+        session.terminal.table(table)
+
+
+def _settings(
+    num_frames: int | None, height: int | None, width: int | None, steps: int | None, text: int | None
+) -> dict[str, Any]:
+    values = {
+        "num_frames": num_frames, "height": height, "width": width, "num_inference_steps": steps,
+        "max_sequence_length": text,
+    }  # fmt: skip
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _model(model: str, random_model: str | None, scratch: Path) -> str:
+    """The model to open; a random one is built first."""
+    if random_model is None:
+        return model
+    from pipedit.models import random_pipelines
+
+    if random_model not in random_pipelines.SIZES:
+        raise InvalidRequestError(
+            [f"--random-model {random_model} is not known; use {', '.join(random_pipelines.SIZES)}"]
+        )
+    random_pipelines.build(random_model, scratch / random_model)
+    return str(scratch / random_model)
+
+
+def _name_random(result: dict[str, Any], random_model: str | None) -> None:
+    if random_model is not None:
+        result["model"] = f"{random_model} (random weights)"
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidRequestError([f"--num-frames {text} should be numbers separated by commas"]) from None
+
+
+def _finish(session: Session, result: dict[str, Any], output: Path | None) -> None:
+    session.report.update(result)
+    if output is not None:
+        write_text_whole(output, json.dumps(result, indent=1) + "\n")
+
+
+def _generate_table(result: dict[str, Any]) -> Table:
+    table = Table("", "pipedit", "diffusers", "ratio (min to max)", "bound", title=result["model"], box=None)
+    for name, label in (("warm", "loaded, one video"), ("cold", "fresh process, one file")):
+        if name in result:
+            figures, ratio = result[name], result[name]["ratio"]
+            seconds = [format_seconds(figures["seconds"][side]["median"]) for side in ("pipedit", "diffusers")]
+            spread = f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})"
+            table.add_row(label, *seconds, spread, f"{figures['bound']:.2f}" if "bound" in figures else "-")
+    return table
+
+
+def _memory_table(result: dict[str, Any]) -> Table:
+    table = Table("frames", "pipedit", "diffusers", "latents", title=f"peak memory, {result['model']}", box=None)
+    for row in result["rows"]:
+        peaks = [format_bytes(row["peak_bytes"][side]) for side in ("pipedit", "diffusers")]
+        table.add_row(str(row["num_frames"]), *peaks, format_bytes(row["latent_bytes"]))
+    return table

@@ -1,0 +1,106 @@
+"""From a plan to files and a report: opens the engine, makes the videos, tells how it went."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import typer
+
+from pipedit.cli import errors
+from pipedit.cli.console import Session
+from pipedit.cli.order import Plan
+from pipedit.cli.progress import Display, make_display
+from pipedit.cli.render import Failure, Rendering, Result
+from pipedit.cli.summary import summarize, try_next
+from pipedit.engine.engine import Engine
+from pipedit.models.registry import EMBEDDED
+from pipedit.plan.timeline import Timeline
+from pipedit.plan.trace_file import write_trace
+
+
+def fulfil(session: Session, plan: Plan, *, like: str | None, trace: str | None) -> None:
+    """Makes every video of the plan. Raises typer.Exit where some of them, but not all the rest, failed."""
+    start_s = time.perf_counter()
+    report = session.report
+    report.update(model=plan.settings.model, results=[])
+    with session.open_engine(plan.settings) as engine:
+        engine.prepare([job.request for job in plan.jobs])  # they were checked; this finds out whether they fit
+        if like is not None:
+            _note_other_precision(session, plan, engine, like)
+        engine.fetch()  # before there are bars: downloads show their own
+        with make_display(session.terminal) as display:
+            with display.loading(plan.settings.model):
+                engine.start()
+            rendering = Rendering(engine, plan.jobs, display)
+            results, failures = _run(session, rendering, display)
+        timeline = _timeline(engine, rendering, plan)
+    load_s = sum(span.duration_s for span in timeline.spans if span.what == "load")
+    report.update(load_s=load_s, total_s=time.perf_counter() - start_s)
+    if trace is not None:
+        write_trace(trace, timeline)
+        report["trace"] = trace
+    _tell_results(session, plan, results, load_s=load_s, trace=trace)
+    if failures:
+        raise typer.Exit(_tell_failures(session, failures, num_jobs=len(plan.jobs)))
+
+
+def _run(session: Session, rendering: Rendering, display: Display) -> tuple[list[Result], list[Failure]]:
+    """Paths are printed as soon as their files are whole, so that a script can go on with them."""
+    results: list[Result] = []
+    failures: list[Failure] = []
+    for ending in rendering.run():
+        if isinstance(ending, Failure):
+            failures.append(ending)
+            continue
+        results.append(ending)
+        session.report["results"].append(ending.as_json())
+        with display.paused():
+            if not session.as_json:
+                session.terminal.data(ending.job.output)
+            if session.as_json or not session.terminal.out.is_terminal:  # who watches has not seen the path yet
+                session.terminal.say(f"wrote {ending.job.output}")
+    return results, failures
+
+
+def _timeline(engine: Engine, rendering: Rendering, plan: Plan) -> Timeline:
+    """What the workers did, and the writing of files."""
+    timeline = engine.timeline()
+    prompts = [job.request.prompt for job in plan.jobs]
+    title = prompts[0] if len(prompts) == 1 else f"{len(prompts)} prompts"
+    return Timeline(
+        spans=(*timeline.spans, *rendering.spans), metadata={"title": title, "prompts": prompts, **timeline.metadata}
+    )
+
+
+def _tell_results(session: Session, plan: Plan, results: Sequence[Result], *, load_s: float, trace: str | None) -> None:
+    terminal = session.terminal
+    if results:
+        terminal.say(summarize(results, load_s=load_s))
+    if trace is not None:
+        terminal.say(f"timeline in {trace}: open it at ui.perfetto.dev, or draw it with: pipedit trace {trace}")
+    if results and plan.settings.model == EMBEDDED:
+        terminal.say(try_next())
+
+
+def _tell_failures(session: Session, failures: Sequence[Failure], *, num_jobs: int) -> int:
+    """One problem out of all failures; with several videos, each names its own. Returns the exit code."""
+    problems = []
+    for failure in failures:
+        problem = errors.describe(failure.error)
+        if session.debug:
+            errors.show_traceback(failure.error, session)
+        if num_jobs > 1:
+            messages = tuple(f"{failure.job.output}: {message}" for message in problem.messages)
+            problem = dataclasses.replace(problem, messages=messages)
+        problems.append(problem)
+    whole = errors.together(problems)
+    errors.tell(whole, session)
+    return whole.exit_code
+
+
+def _note_other_precision(session: Session, plan: Plan, engine: Engine, like: str) -> None:
+    made_with = plan.like.extra.get("dtype") if plan.like is not None else None
+    here = dataclasses.asdict(engine.precision)
+    if isinstance(made_with, dict) and made_with != here:
+        before, now = (", ".join(f"{part} {dtype}" for part, dtype in types.items()) for types in (made_with, here))
+        session.terminal.note(f"{like} was made in {before}; here it is {now}, so that pixels will differ a little")

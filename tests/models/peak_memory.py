@@ -1,0 +1,60 @@
+"""Peak of live tensor memory on the meta device: what an allocator without fragmentation would need.
+
+Fused attention is assumed (its score matrix is never in memory), as on GPUs and on the CPU.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the bytes of every storage from the operation that makes it until it is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.finalize[..., Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._note(args, kwargs, counts=False)  # weights and inputs were there before
+        result = func(*args, **(kwargs or {}))
+        self._note(result, counts=True)
+        return result
+
+    def _note(self, *values: Any, counts: bool) -> None:
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._known:
+                storage = tensor.untyped_storage()
+                self._register(storage, storage.nbytes() if counts else 0)
+
+    def _register(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        self._known[key] = weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self.live -= size
+        del self._known[key]
+
+
+class _FusedAttention(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return torch.empty_like(args[0] if args else (kwargs or {})["query"])
+        return func(*args, **(kwargs or {}))
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most bytes of tensors made by `run` that are alive at one time. Weights made before do not count."""
+    allocations = _Allocations()
+    with torch.no_grad(), allocations, _FusedAttention():
+        result = run()
+    del result
+    return allocations.peak
