@@ -26,7 +26,7 @@ help:
 
 demo: $(INSTALLED)
 	@mkdir -p out
-	$(BIN)/pipedit generate "a red ball moves right" -o out/red_ball.mp4
+	$(BIN)/pipedit generate "a red ball moves right" -o out/red_ball.mp4 --overwrite
 
 test: lint types
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

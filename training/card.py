@@ -1,4 +1,4 @@
-"""Writes the model card's figures from what training and evaluation left: python -m training.card --out DIR [--to CARD].
+"""Fills the model card from what training and evaluation left: python -m training.card --out DIR [--to CARD].
 
 Draws the curves (needs matplotlib: pip install -e '.[training]') and fills the tables of CARD/README.md between their
 markers; the text around them is written by hand.
@@ -59,11 +59,12 @@ def tables(result: dict[str, Any]) -> str:
         for name, row in groups:
             lines.append(_row([f"{title} {name}", row["clips"], *(f"{row[c]:.3f}" for c in COLUMNS)]))
     lines.append(_row(["real clips (the judge's ceiling)", "", *(f"{result['ceiling'][c]:.3f}" for c in COLUMNS)]))
-    lines.append(_row(["clips of other prompts (control)", "", *(f"{result['wrong_prompts'][c]:.3f}" for c in COLUMNS)]))
+    control = result["wrong_prompts"]
+    lines.append(_row(["clips of other prompts (control)", "", *(f"{control[c]:.3f}" for c in COLUMNS)]))
     if result["two_shapes"]:
         pairs = ", ".join(f"{name} {value:.2f}" for name, value in result["two_shapes"].items())
         lines += ["", f"Two shapes in one clip (share of clips in which both are right): {pairs}."]
-    missed = ", ".join(f"{name} {value:.3f} instead of {THRESHOLDS[name]:.2f}" for name, value in result["missed"].items())
+    missed = ", ".join(f"{k} {v:.3f} instead of {THRESHOLDS[k]:.2f}" for k, v in result["missed"].items())
     return "\n".join([*lines, "", f"Missed thresholds: {missed or 'none'}."])
 
 

@@ -108,7 +108,9 @@ def test_what_is_wrong_with_a_prompt_file_names_the_line(tmp_path: Path) -> None
 def test_prompt_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"\xe4")
     (tmp_path / "empty.txt").write_text("\n \n")
-    for name, said in [("gone.txt", "cannot be read"), ("latin.txt", "UTF-8"), ("empty.txt", "holds no prompt")]:
+    (tmp_path / "list.json").write_text('["a red ball"]')
+    cases = {"gone.txt": "cannot be read", "latin.txt": "UTF-8", "empty.txt": "holds no prompt", "list.json": ".jsonl"}
+    for name, said in cases.items():
         wishes, (problem,) = gather_wishes([], str(tmp_path / name), None)
         assert wishes == []
         assert said in problem

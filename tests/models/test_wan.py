@@ -12,38 +12,31 @@ import torch
 from pipedit.core.errors import CheckpointError
 from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import ModelAdapter
+from pipedit.models.pixels import to_frames
 from pipedit.models.registry import open_model
+from pipedit.models.wan.decode import WanDecodeStage
+from pipedit.models.wan.denoise import WanDenoiseStage
 from tests import tiny_pipelines
+from tests.models.parity import assert_close, make_request, run_reference, run_stages
 
 KINDS = ("wan", "wan22", "wan_ti2v")
-PROMPT = "a red ball moves right"
 
 
-def make_request(adapter: ModelAdapter, kind: str, **settings: Any) -> VideoRequest:
-    chosen = {"prompt": PROMPT, "seed": 3, **tiny_pipelines.QUICK_SETTINGS[kind], **settings}
-    return VideoRequest(**chosen).complete(adapter.defaults)
+def load_decode(adapter: ModelAdapter, *, tiling: bool = False) -> WanDecodeStage:
+    stage = adapter.load_decode_stage("cpu", adapter.default_precision("cpu"), tiling=tiling)
+    assert isinstance(stage, WanDecodeStage)
+    return stage
 
 
-def run_stages(adapter: ModelAdapter, request: VideoRequest, **decode: Any) -> tuple[torch.Tensor, np.ndarray]:
-    """Latents and frames, by the three stages one after the other."""
-    precision = adapter.default_precision("cpu")
-    conditioning = adapter.load_text_stage("cpu", precision).encode(request)
-    denoise = adapter.load_denoise_stage("cpu", precision)
-    state = denoise.begin(request, conditioning)
-    for step in range(request.num_inference_steps or 0):
-        denoise.step(state, step)
-    latents = denoise.latents(state)
-    stage = adapter.load_decode_stage("cpu", precision, **decode)
-    decoding = stage.begin(request, latents)
-    chunks = [stage.chunk(decoding, index) for index in range(adapter.num_decode_chunks(request))]
-    return latents, np.concatenate(chunks)
+def load_denoise(adapter: ModelAdapter, layers: range | None = None, **precision: str) -> WanDenoiseStage:
+    chosen = dataclasses.replace(adapter.default_precision("cpu"), **precision)
+    stage = adapter.load_denoise_stage("cpu", chosen, layers)
+    assert isinstance(stage, WanDenoiseStage)
+    return stage
 
 
-def assert_close(ours: tuple[torch.Tensor, np.ndarray], theirs: tuple[torch.Tensor, np.ndarray]) -> None:
-    scale = theirs[0].abs().max()
-    assert (ours[0] - theirs[0]).abs().max() <= 1e-5 * scale
-    assert ours[1].shape == theirs[1].shape
-    assert np.abs(ours[1].astype(int) - theirs[1].astype(int)).max() <= 1
+def random_latents(adapter: ModelAdapter, request: VideoRequest) -> torch.Tensor:
+    return torch.randn(adapter.latent_shape(request), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,11 +52,10 @@ def assert_close(ours: tuple[torch.Tensor, np.ndarray], theirs: tuple[torch.Tens
 def test_equals_diffusers(kind: str, settings: dict[str, Any], tiny_folder: Callable[[str], Path]) -> None:
     adapter = open_model(str(tiny_folder(kind)))
     request = make_request(adapter, kind, **settings)
-    asked = {k: v for k, v in dataclasses.asdict(request).items() if v is not None and k not in ("fps", "flow_shift")}
-    theirs = tiny_pipelines.run_diffusers(tiny_folder(kind), flow_shift=request.flow_shift, **asked)
+    theirs = run_reference(tiny_folder(kind), request)
     assert_close(run_stages(adapter, request), theirs)
     # The same comparison must fail for another video.
-    other = run_stages(adapter, dataclasses.replace(request, seed=request.seed + 1))
+    other = run_stages(adapter, dataclasses.replace(request, seed=99))
     with pytest.raises(AssertionError):
         assert_close(other, theirs)
 
@@ -71,8 +63,7 @@ def test_equals_diffusers(kind: str, settings: dict[str, Any], tiny_folder: Call
 def test_second_guidance_scale_reaches_the_second_expert(tiny_folder: Callable[[str], Path]) -> None:
     adapter = open_model(str(tiny_folder("wan22")))
     request = make_request(adapter, "wan22", guidance_scale=4.0, guidance_scale_2=2.0)
-    asked = {k: v for k, v in dataclasses.asdict(request).items() if v is not None and k not in ("fps", "flow_shift")}
-    theirs = tiny_pipelines.run_diffusers(tiny_folder("wan22"), **asked)
+    theirs = run_reference(tiny_folder("wan22"), request)
     assert_close(run_stages(adapter, request), theirs)
     with pytest.raises(AssertionError):
         assert_close(run_stages(adapter, dataclasses.replace(request, guidance_scale_2=4.0)), theirs)
@@ -82,8 +73,8 @@ def test_second_guidance_scale_reaches_the_second_expert(tiny_folder: Callable[[
 def test_chunked_decode_is_bit_equal_to_the_whole(kind: str, tiny_folder: Callable[[str], Path]) -> None:
     adapter = open_model(str(tiny_folder(kind)))
     request = make_request(adapter, kind, num_frames=17)
-    stage = adapter.load_decode_stage("cpu", adapter.default_precision("cpu"))
-    latents = torch.randn(adapter.latent_shape(request), generator=torch.Generator().manual_seed(0))
+    stage = load_decode(adapter)
+    latents = random_latents(adapter, request)
     state = stage.begin(request, latents)
     other = stage.begin(request, latents.flip(2))  # a second video in turns must not disturb the first
     chunks = []
@@ -95,19 +86,17 @@ def test_chunked_decode_is_bit_equal_to_the_whole(kind: str, tiny_folder: Callab
     mean, std = (torch.tensor(v).view(per_channel) for v in (config.latents_mean, config.latents_std))
     with torch.inference_mode():
         video = stage.vae.decode(latents / (1.0 / std) + mean).sample
-    from pipedit.models.pixels import to_frames
-
     assert np.array_equal(np.concatenate(chunks), to_frames(video))
 
 
 def test_tiled_decode_equals_diffusers_tiling(tiny_folder: Callable[[str], Path]) -> None:
     adapter = open_model(str(tiny_folder("wan")))
     request = make_request(adapter, "wan", num_frames=9, height=64, width=96)
-    stage = adapter.load_decode_stage("cpu", adapter.default_precision("cpu"), tiling=True)
+    stage = load_decode(adapter, tiling=True)
     vae = stage.vae
     vae.tile_sample_min_height = vae.tile_sample_min_width = 32
     vae.tile_sample_stride_height = vae.tile_sample_stride_width = 24
-    latents = torch.randn(adapter.latent_shape(request), generator=torch.Generator().manual_seed(0))
+    latents = random_latents(adapter, request)
     state = stage.begin(request, latents)
     chunks = np.concatenate([stage.chunk(state, index) for index in range(3)])
     vae.use_tiling = True
@@ -115,8 +104,6 @@ def test_tiled_decode_equals_diffusers_tiling(tiny_folder: Callable[[str], Path]
         video = vae.decode(state.latents).sample
         vae.use_tiling = False
         untiled = vae.decode(state.latents).sample
-    from pipedit.models.pixels import to_frames
-
     assert np.array_equal(chunks, to_frames(video))
     assert not np.array_equal(chunks, to_frames(untiled))
 
@@ -131,20 +118,19 @@ def test_layer_range_reads_only_its_shards(tmp_path: Path) -> None:
     assert needed < set(weights.files)
     for file in set(weights.files) - needed:
         file.write_bytes(b"not a safetensors file")  # opening it would fail
-    stage = adapter.load_denoise_stage("cpu", adapter.default_precision("cpu"), range(2, 3))
+    stage = load_denoise(adapter, range(2, 3))
     parameters = dict(stage.experts[0].named_parameters())
     assert not parameters["blocks.2.attn1.to_q.weight"].is_meta
     assert not parameters["proj_out.weight"].is_meta
     assert parameters["blocks.0.attn1.to_q.weight"].is_meta
     assert parameters["patch_embedding.weight"].is_meta
     with pytest.raises(CheckpointError):
-        adapter.load_denoise_stage("cpu", adapter.default_precision("cpu"), range(1))
+        load_denoise(adapter, range(1))
 
 
 def test_bfloat16_keeps_what_diffusers_keeps_in_float32(tiny_folder: Callable[[str], Path]) -> None:
     adapter = open_model(str(tiny_folder("wan")))
-    precision = dataclasses.replace(adapter.default_precision("cpu"), transformer="bfloat16")
-    (expert,) = adapter.load_denoise_stage("cpu", precision).experts
+    (expert,) = load_denoise(adapter, transformer="bfloat16").experts
     theirs = tiny_pipelines.load_diffusers(tiny_folder("wan"), dtype=torch.bfloat16).transformer
     ours = {name: p.dtype for name, p in expert.named_parameters()}
     assert ours == {name: p.dtype for name, p in theirs.named_parameters()}
@@ -154,12 +140,11 @@ def test_bfloat16_keeps_what_diffusers_keeps_in_float32(tiny_folder: Callable[[s
 def test_refuses_pickled_and_mismatched_weights(tmp_path: Path) -> None:
     tiny_pipelines.build("wan", tmp_path)
     adapter = open_model(str(tmp_path))
-    precision = adapter.default_precision("cpu")
     file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(CheckpointError, match="pickled"):
-        adapter.load_decode_stage("cpu", precision)
+        load_decode(adapter)
     transformer = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
     transformer.write_bytes(transformer.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="download it again"):
-        adapter.load_denoise_stage("cpu", precision)
+        load_denoise(adapter)

@@ -6,7 +6,7 @@ import re
 from pipedit.core.request import VideoRequest
 from pipedit.core.units import MIB
 from pipedit.plan.costs import Operations, PartBytes, RequestCost, TransformerCost
-from pipedit.plan.memory import SizeLadder, memory_problem
+from pipedit.plan.memory import Room, SizeLadder, memory_problem
 
 NOTHING = Operations()
 LADDER = SizeLadder(frame_step=4, size_multiple=16)
@@ -24,8 +24,12 @@ def cost_of(request: VideoRequest) -> RequestCost:
     )  # fmt: skip
 
 
+def problem(request: VideoRequest, available_bytes: int, **room: bool) -> str | None:
+    return memory_problem(request, cost_of, Room(available_bytes=available_bytes, **room), LADDER, {})
+
+
 def fits(request: VideoRequest, available_bytes: int) -> bool:
-    return memory_problem(request, cost_of, available_bytes, LADDER) is None
+    return problem(request, available_bytes) is None
 
 
 def test_enough_memory_is_no_problem() -> None:
@@ -36,7 +40,7 @@ def test_enough_memory_is_no_problem() -> None:
 
 def test_the_offers_fit_and_are_the_largest_that_do() -> None:
     available = 1024 * MIB
-    text = memory_problem(REQUEST, cost_of, available, LADDER)
+    text = problem(REQUEST, available)
     assert text is not None
     frames = int(re.search(r"would fit: (\d+) frames of this size", text)[1])  # type: ignore[index]
     assert frames % 4 == 1
@@ -49,13 +53,31 @@ def test_the_offers_fit_and_are_the_largest_that_do() -> None:
 
 
 def test_weights_that_do_not_fit_are_named_as_the_reason() -> None:
-    text = memory_problem(REQUEST, cost_of, 90 * MIB, LADDER)
+    text = problem(REQUEST, 90 * MIB)
     assert text is not None
     assert "the weights alone do not fit" in text
     assert "would fit" not in text
 
 
 def test_says_so_when_nothing_smaller_fits() -> None:
-    text = memory_problem(REQUEST, cost_of, int(110.1 * MIB), LADDER)
+    text = problem(REQUEST, int(110.1 * MIB))
     assert text is not None
     assert "nothing smaller fits" in text
+
+
+def test_loaded_weights_are_not_counted_again() -> None:
+    needed_by_work = cost_of(REQUEST).peak_bytes - cost_of(REQUEST).weight_bytes
+    room = int(needed_by_work * 1.15)
+    assert problem(REQUEST, room) is not None
+    assert problem(REQUEST, room, weights_are_loaded=True) is None
+
+
+def test_a_way_out_is_offered_only_where_it_helps() -> None:
+    def tiled(request: VideoRequest) -> RequestCost:
+        return dataclasses.replace(cost_of(request), parts={"vae": PartBytes(weights=100 * MIB, working=MIB)})
+
+    room = Room(available_bytes=300 * MIB)
+    text = memory_problem(REQUEST, cost_of, room, LADDER, {"tiling": tiled, "prayer": cost_of})
+    assert text is not None
+    assert "would fit: tiling, or" in text
+    assert "prayer" not in text

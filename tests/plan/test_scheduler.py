@@ -2,6 +2,7 @@
 
 import random
 from collections import deque
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ REQUEST = VideoRequest(prompt="x")
 
 
 def answer(command: messages.Command, rank: int) -> messages.Event:
-    key = {"request_id": command.request_id, "rank": rank}
+    key: dict[str, Any] = {"request_id": command.request_id, "rank": rank}
     match command:
         case messages.Encode():
             return messages.Encoded(**key)

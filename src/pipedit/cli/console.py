@@ -37,6 +37,11 @@ class Terminal:
         """Whether bars can be redrawn: a real terminal reads stderr. Colours may be forced on pipes, bars not."""
         return self.err.is_interactive and sys.stderr.isatty()
 
+    @property
+    def shows_data(self) -> bool:
+        """Whether who reads stderr sees stdout too."""
+        return sys.stdout.isatty()
+
     def data(self, text: str) -> None:
         """One line of data. Bytes, because a path need not be valid text."""
         typer.echo(os.fsencode(text))

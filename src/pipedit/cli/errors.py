@@ -7,6 +7,7 @@
 import contextlib
 import dataclasses
 import signal
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -55,6 +56,9 @@ def stopping_on_signals() -> Iterator[None]:
     def stop(number: int, _frame: FrameType | None) -> None:
         raise StoppedError(number)
 
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
     numbers = [getattr(signal, name) for name in _STOPPING_SIGNALS if hasattr(signal, name)]
     # What the parent process has set to be ignored (nohup) stays ignored.
     before = {number: signal.getsignal(number) for number in numbers}

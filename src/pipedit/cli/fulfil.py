@@ -23,12 +23,14 @@ def fulfil(session: Session, plan: Plan, *, like: str | None, trace: str | None)
     start_s = time.perf_counter()
     report = session.report
     report.update(model=plan.settings.model, results=[])
+    display = make_display(session.terminal)
     with session.open_engine(plan.settings) as engine:
-        engine.prepare([job.request for job in plan.jobs])  # they were checked; this finds out whether they fit
+        with display.busy("getting ready"):
+            engine.prepare([job.request for job in plan.jobs])  # they were checked; this finds out whether they fit
         if like is not None:
             _note_other_precision(session, plan, engine, like)
         engine.fetch()  # before there are bars: downloads show their own
-        with make_display(session.terminal) as display:
+        with display:
             with display.loading(plan.settings.model):
                 engine.start()
             rendering = Rendering(engine, plan.jobs, display)
@@ -51,13 +53,14 @@ def _run(session: Session, rendering: Rendering, display: Display) -> tuple[list
     for ending in rendering.run():
         if isinstance(ending, Failure):
             failures.append(ending)
+            session.terminal.say(f"failed: {ending.job.output}")  # why is said at the end
             continue
         results.append(ending)
         session.report["results"].append(ending.as_json())
         with display.paused():
             if not session.as_json:
                 session.terminal.data(ending.job.output)
-            if session.as_json or not session.terminal.out.is_terminal:  # who watches has not seen the path yet
+            if session.as_json or not session.terminal.shows_data:
                 session.terminal.say(f"wrote {ending.job.output}")
     return results, failures
 

@@ -31,7 +31,11 @@ class Display:
     ) -> None:
         pass
 
-    def loading(self, model: str) -> contextlib.AbstractContextManager[object]:  # noqa: ARG002 - the contract's
+    def busy(self, doing: str) -> contextlib.AbstractContextManager[object]:
+        """Around anything short that is not worth a line in a log."""
+        return contextlib.nullcontext()
+
+    def loading(self, model: str) -> contextlib.AbstractContextManager[object]:
         """Around the loading of weights."""
         return contextlib.nullcontext()
 
@@ -59,7 +63,7 @@ def describe_job(job: Job) -> Text:
     """A title line: "[2/3] a red ball moves right · 33 frames of 64x64 · 30 steps · seed 7"."""
     request = job.request
     number = f"[{job.number}/{job.of}] " if job.of > 1 else ""
-    prompt = " ".join(request.prompt.split())
+    prompt = "".join(c if c.isprintable() else " " for c in " ".join(request.prompt.split()))
     prompt = prompt if len(prompt) <= 100 else prompt[:99].rstrip() + "…"
     facts = (
         f"{request.num_frames} frame{'' if request.num_frames == 1 else 's'} of {request.width}x{request.height}",
@@ -137,8 +141,11 @@ class BarDisplay(Display):
     ) -> None:
         self._bars.stop()
 
+    def busy(self, doing: str) -> contextlib.AbstractContextManager[object]:
+        return self._terminal.err.status(Text(doing))
+
     def loading(self, model: str) -> contextlib.AbstractContextManager[object]:
-        return self._terminal.err.status(Text(f"loading {model}"))
+        return self.busy(f"loading {model}")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from pipedit.engine.intake import unknown_settings
 from pipedit.media import VideoMetadata, read_metadata
 
 STDIN = "-"
-_JSON_LINES = ".jsonl"
+_JSON_LINES = (".jsonl", ".ndjson")
 _TEXT_FIELDS = ("prompt", "output")
 
 
@@ -90,7 +90,10 @@ def _read_wishes(lines: Iterable[str], prompt_file: str) -> tuple[list[Wish], li
     """Blank lines are passed over; the file must hold something else."""
     wishes, problems = [], []
     name = "stdin" if prompt_file == STDIN else prompt_file
-    is_json = os.path.splitext(prompt_file)[1].lower() == _JSON_LINES
+    ending = os.path.splitext(prompt_file)[1].lower()
+    if ending == ".json":
+        return [], [f"{name}: write one JSON object a line, and end the name in .jsonl"]
+    is_json = ending in _JSON_LINES
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

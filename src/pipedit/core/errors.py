@@ -1,11 +1,11 @@
 """Every error that pipedit raises on purpose.
 
-    PipeditError
-    ├── InvalidRequestError (also ValueError)   the input is wrong; lists every problem at once (CLI exit 2, HTTP 4xx)
-    ├── CheckpointError                         files of a model are missing, broken or of a refused kind
-    ├── InsufficientMemoryError                 the work does not fit; says what would
-    ├── CancelledError                          somebody cancelled the request
-    └── WorkerError                             a worker failed; carries its rank and what it was doing
+PipeditError
+├── InvalidRequestError (also ValueError)   the input is wrong; lists every problem at once (CLI exit 2, HTTP 4xx)
+├── CheckpointError                         files of a model are missing, broken or of a refused kind
+├── InsufficientMemoryError                 the work does not fit; says what would
+├── CancelledError                          somebody cancelled the request
+└── WorkerError                             a worker failed; carries its rank and what it was doing
 """
 
 from collections.abc import Sequence

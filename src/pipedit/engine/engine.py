@@ -128,7 +128,14 @@ class Engine:
         if problems:
             raise InvalidRequestError(problems)
         # Only now: finding the device imports torch, and wrong input should be answered before that.
-        check_memory(complete, self.adapter, self.device, self.precision)
+        check_memory(
+            complete,
+            self.adapter,
+            self.device,
+            self.precision,
+            tiling=self.settings.vae_tiling,
+            weights_are_loaded=self._started,
+        )
         return [with_seed(request) for request in complete]
 
     def submit(self, request: VideoRequest) -> str:

@@ -15,7 +15,8 @@ from pipedit.engine.settings import EngineSettings, setting_problems
 from pipedit.models.adapter import ModelAdapter, Precision
 from pipedit.models.registry import open_model, weight_problems
 from pipedit.models.validation import check_request, check_values
-from pipedit.plan.memory import SizeLadder, memory_problem
+from pipedit.plan.costs import RequestCost
+from pipedit.plan.memory import Room, SizeLadder, memory_problem
 from pipedit.worker.device import available_bytes
 
 
@@ -78,11 +79,31 @@ def request_problems(requests: Sequence[VideoRequest], adapter: ModelAdapter, la
     return _labelled([check_request(request, adapter) for request in requests], labels)
 
 
-def check_memory(requests: Sequence[VideoRequest], adapter: ModelAdapter, device: str, precision: Precision) -> None:
-    """Raises InsufficientMemoryError, with what would fit, for completed requests that are too large for the device."""
-    rules, free = adapter.size_rules, available_bytes(device)
+def check_memory(
+    requests: Sequence[VideoRequest],
+    adapter: ModelAdapter,
+    device: str,
+    precision: Precision,
+    *,
+    tiling: bool = False,
+    weights_are_loaded: bool = False,
+) -> None:
+    """Raises InsufficientMemoryError, with what would fit, for completed requests that are too large for the device.
+
+    `tiling`: the VAE decodes in spatial tiles. `weights_are_loaded`: they are on the device already.
+    """
+
+    def cost(request: VideoRequest) -> RequestCost:
+        return adapter.cost(request, precision, tiling=tiling)
+
+    def tiled_cost(request: VideoRequest) -> RequestCost:
+        return adapter.cost(request, precision, tiling=True)
+
+    rules = adapter.size_rules
     ladder = SizeLadder(frame_step=rules.frame_step, size_multiple=rules.size_multiple)
-    problems = [memory_problem(r, lambda smaller: adapter.cost(smaller, precision), free, ladder) for r in requests]
+    room = Room(available_bytes=available_bytes(device), weights_are_loaded=weights_are_loaded)
+    ways_out = {} if tiling else {"spatial tiling of the VAE (--vae-use-tiling, vae_tiling=True)": tiled_cost}
+    problems = [memory_problem(request, cost, room, ladder, ways_out) for request in requests]
     if found := [text for text in dict.fromkeys(problems) if text is not None]:
         raise InsufficientMemoryError("\n".join(found))
 

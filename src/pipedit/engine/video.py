@@ -12,7 +12,8 @@ from pipedit.media import VideoMetadata, open_writer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Video:
-    """`frames` is uint8 [F, H, W, 3]; `request` holds everything needed to make it again; `seconds` is time per stage."""
+    """`frames` is uint8 [F, H, W, 3]; `request` is complete, so that it makes the video again; `seconds` is time per
+    stage."""
 
     frames: "np.ndarray[Any, np.dtype[np.uint8]]"
     request: VideoRequest

@@ -25,7 +25,7 @@ class InProcessExecutor:
         self._waiting: collections.deque[Command] = collections.deque()
         self._interrupted: collections.deque[Event] = collections.deque()
 
-    def start(self, timeout_s: float) -> Sequence[Span]:  # noqa: ARG002 - loading in this thread cannot be cut short
+    def start(self, timeout_s: float) -> Sequence[Span]:
         assert self._worker is not None, "the executor was stopped"
         return self._worker.load()
 
@@ -33,7 +33,7 @@ class InProcessExecutor:
         assert command.ranks == (0,), command
         self._waiting.append(command)
 
-    def receive(self, timeout_s: float) -> Sequence[Event]:  # noqa: ARG002 - never waits
+    def receive(self, timeout_s: float) -> Sequence[Event]:
         assert self._worker is not None, "the executor was stopped"
         if self._interrupted:
             return (self._interrupted.popleft(),)
@@ -41,14 +41,14 @@ class InProcessExecutor:
         command = self._waiting.popleft()
         try:
             return (self._worker.handle(command),)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - any failure of the work belongs to its request
             return (_failed(command, error),)
         except BaseException:
             # Ctrl-C in mid-command: the caller hears of it now, the scheduler as soon as it asks again.
             self._interrupted.append(_failed(command, CancelledError("interrupted")))
             raise
 
-    def stop(self, timeout_s: float) -> None:  # noqa: ARG002 - nothing to wait for
+    def stop(self, timeout_s: float) -> None:
         self._worker = None
         self._waiting.clear()
         self._interrupted.clear()

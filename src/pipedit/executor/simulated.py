@@ -26,27 +26,25 @@ class SimulatedExecutor:
         self._ticks = itertools.count()
         self.sent: list[Command] = []
 
-    def start(self, timeout_s: float) -> Sequence[Span]:  # noqa: ARG002 - the contract's
+    def start(self, timeout_s: float) -> Sequence[Span]:
         return ()
 
     def send(self, command: Command) -> None:
         self.sent.append(command)
         self._waiting.extend((command, rank) for rank in command.ranks)
 
-    def receive(self, timeout_s: float) -> Sequence[Event]:  # noqa: ARG002 - the contract's
+    def receive(self, timeout_s: float) -> Sequence[Event]:
         if not self._waiting:
             return ()
         command, rank = self._waiting.popleft()
         try:
             if self._failing is not None:
                 self._failing(command)
-        except Exception as error:
-            return (
-                messages.CommandFailed(request_id=command.request_id, rank=rank, doing="simulating", error=error),
-            )
+        except Exception as error:  # noqa: BLE001 - the caller's own
+            return (messages.CommandFailed(request_id=command.request_id, rank=rank, doing="simulating", error=error),)
         return (self._answer(command, rank),)
 
-    def stop(self, timeout_s: float) -> None:  # noqa: ARG002 - the contract's
+    def stop(self, timeout_s: float) -> None:
         self._waiting.clear()
 
     def _answer(self, command: Command, rank: int) -> Event:

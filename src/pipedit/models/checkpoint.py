@@ -1,4 +1,4 @@
-"""A model folder in diffusers format: its configs, and which file holds which weight. Reads no weights, needs no torch."""
+"""A model folder in diffusers format: its configs, and which file holds which weight. Torch-free; reads no weights."""
 
 import dataclasses
 import functools

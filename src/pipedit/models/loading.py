@@ -45,9 +45,8 @@ def load_module(
                     keep = not fp32_parts.isdisjoint(name.split("."))
                     tensor = tensors.get_tensor(name)
                     if tensor.shape != expected[name]:
-                        raise CheckpointError(
-                            f"{file}: {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(expected[name])}"
-                        )
+                        has, wants = tuple(tensor.shape), tuple(expected[name])
+                        raise CheckpointError(f"{file}: {name} has shape {has}, the config asks for {wants}")
                     _assign(module, name, tensor.to(torch.float32 if keep else dtype))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file} cannot be read ({error}); download it again") from error

@@ -131,7 +131,7 @@ def fetch_weights(adapter: ModelAdapter) -> None:
 
 
 def weight_problems(adapter: ModelAdapter) -> list[str]:
-    """Weight files that a model in a folder lacks, or that are pickled. Of a hub model, they can be downloaded: none."""
+    """Weight files that a model in a folder lacks, or that are pickled; none for a hub model, which can be fetched."""
     return [] if _hub_id(adapter.checkpoint.name) else missing_weights(adapter)
 
 
@@ -218,7 +218,7 @@ def _not_a_pipeline(folder: Path) -> str:
     pickles = sorted(file.name for pattern in ("*.ckpt", "*.pt", "*.pth", "*.bin") for file in folder.glob(pattern))
     if pickles:
         return (
-            f"{folder} holds pickled weights ({pickles[0]}) and no {MODEL_INDEX}; pickles can run code and are refused: "
-            "give the model in diffusers format with safetensors"
+            f"{folder} holds pickled weights ({pickles[0]}) and no {MODEL_INDEX}; pickles can run code and are "
+            "refused: give the model in diffusers format with safetensors"
         )
     return f"{folder} holds no {MODEL_INDEX}; give a folder in diffusers format (the hub ids that end in -Diffusers)"

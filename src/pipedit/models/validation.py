@@ -49,14 +49,16 @@ def _wrong_types(request: VideoRequest) -> dict[str, str]:
 
 def _without(request: VideoRequest, fields: Iterable[str]) -> VideoRequest:
     """The request with these fields open, so that one mistake is not told twice."""
-    return dataclasses.replace(request, **dict.fromkeys(fields))
+    opened: dict[str, Any] = dict.fromkeys(fields)
+    return dataclasses.replace(request, **opened)
 
 
 def _size_problems(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
     rules, problems = adapter.size_rules, []
     frames, step = request.num_frames, rules.frame_step
     if frames is not None and (frames < 1 or (frames - 1) % step):
-        problems.append(f"num_frames={frames} is not {step}n+1; the nearest are {_nearest_text(frames - 1, step, 0, 1)}")
+        near = _nearest_text(frames - 1, step, 0, 1)
+        problems.append(f"num_frames={frames} is not {step}n+1; the nearest are {near}")
     for name in ("height", "width"):
         size = getattr(request, name)
         if size is not None and (size < 1 or size % rules.size_multiple):

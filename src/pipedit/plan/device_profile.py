@@ -44,7 +44,7 @@ class DeviceProfile:
     def seconds(self, operations: Operations) -> float:
         """Time of the operations, one after the other at the measured rates."""
         by_kind = dataclasses.asdict(operations)
-        return sum(by_kind[kind] / self.operations_per_s(kind) for kind in KINDS if by_kind[kind])
+        return sum((by_kind[kind] / self.operations_per_s(kind) for kind in KINDS if by_kind[kind]), 0.0)
 
 
 def write_profile(profile: DeviceProfile, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Does a request fit into memory, and if not, what would? Pure arithmetic over cost profiles."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from pipedit.core.request import VideoRequest
 from pipedit.core.units import format_bytes
@@ -9,6 +9,9 @@ from pipedit.plan.costs import RequestCost
 
 # Allocator fragmentation, kernel workspaces, the interpreter: what the formulas do not see.
 _MARGIN = 1.1
+
+
+CostOf = Callable[[VideoRequest], RequestCost]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,29 +22,44 @@ class SizeLadder:
     size_multiple: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Room:
+    """Memory that is free, and whether the weights are already out of it (a second request on a loaded engine)."""
+
+    available_bytes: int
+    weights_are_loaded: bool = False
+
+    def needed(self, cost: RequestCost) -> int:
+        loaded = cost.weight_bytes if self.weights_are_loaded else 0
+        return int((cost.peak_bytes - loaded) * _MARGIN)
+
+    def holds(self, cost: RequestCost) -> bool:
+        return self.needed(cost) <= self.available_bytes
+
+
 def memory_problem(
-    request: VideoRequest, cost_of: Callable[[VideoRequest], RequestCost], available_bytes: int, ladder: SizeLadder
+    request: VideoRequest, cost_of: CostOf, room: Room, ladder: SizeLadder, ways_out: Mapping[str, CostOf]
 ) -> str | None:
-    """None if the request fits into `available_bytes` on one worker with every role, else a sentence that says how
-    much is needed and what would fit."""
+    """None if the request fits on one worker with every role, else a sentence that says how much is needed and what
+    would fit: fewer frames, a smaller picture, or one of the `ways_out` (what to do -> the cost that it leads to)."""
     cost = cost_of(request)
-    needed = int(cost.peak_bytes * _MARGIN)
-    if needed <= available_bytes:
+    if room.holds(cost):
         return None
     text = (
-        f"{request.num_frames} frames of {request.width}x{request.height} need about {format_bytes(needed)} of memory "
-        f"({format_bytes(cost.weight_bytes)} of it weights), {format_bytes(available_bytes)} are free"
+        f"{request.num_frames} frames of {request.width}x{request.height} need about "
+        f"{format_bytes(room.needed(cost))} of memory"
+        + ("" if room.weights_are_loaded else f" ({format_bytes(cost.weight_bytes)} of it weights)")
+        + f", {format_bytes(room.available_bytes)} are free"
     )
-    if cost.weight_bytes * _MARGIN > available_bytes:
+    if not room.weights_are_loaded and cost.weight_bytes * _MARGIN > room.available_bytes:
         return f"{text}; the weights alone do not fit: take a smaller model, or bfloat16 instead of float32"
-    smaller = _largest_fitting(request, lambda r: cost_of(r).peak_bytes * _MARGIN <= available_bytes, ladder)
-    return f"{text}; {smaller or 'nothing smaller fits either'}"
+    offers = [way for way, other_cost in ways_out.items() if room.holds(other_cost(request))]
+    offers += _smaller(request, lambda r: room.holds(cost_of(r)), ladder)
+    return f"{text}; " + ("would fit: " + ", or ".join(offers) if offers else "nothing smaller fits either")
 
 
-def _largest_fitting(
-    request: VideoRequest, fits: Callable[[VideoRequest], bool], ladder: SizeLadder
-) -> str | None:
-    """Fewer frames at this size, or else a smaller picture of the same shape."""
+def _smaller(request: VideoRequest, fits: Callable[[VideoRequest], bool], ladder: SizeLadder) -> list[str]:
+    """Fewer frames at this size, and a smaller picture of about the same shape."""
     assert request.num_frames and request.height and request.width
     fewer = _largest(
         (request.num_frames - 1) // ladder.frame_step,
@@ -60,7 +78,7 @@ def _largest_fitting(
     if scale:
         small = shrunk(scale)
         offers.append(f"{request.num_frames} frames of {small.width}x{small.height}")
-    return "would fit: " + ", or ".join(offers) if offers else None
+    return offers
 
 
 def _largest(high: int, works: Callable[[int], bool]) -> int | None:

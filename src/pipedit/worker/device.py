@@ -6,7 +6,7 @@ from pipedit.plan.precision import DTYPES
 
 
 def resolve_device(wanted: str) -> str:
-    """"auto" -> the best device there is; anything else stays as it is. Imports torch."""
+    """ "auto" -> the best device there is; anything else stays as it is. Imports torch."""
     if wanted != "auto":
         return wanted
     import torch
@@ -48,4 +48,6 @@ def available_bytes(device: str) -> int:
     import torch
 
     free, _ = torch.cuda.mem_get_info(torch.device(device))
-    return int(free)
+    # What torch's allocator keeps for later is as good as free for us.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + kept)

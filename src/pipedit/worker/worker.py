@@ -121,9 +121,7 @@ class Worker:
         self._denoise.step(held.denoising, command.step)
         self._synchronize()
         span = self._span(command.request_id, Role.DENOISER, "step", start, command.step)
-        return messages.StepDone(
-            request_id=command.request_id, rank=self._rank, spans=(span,), step=command.step
-        )
+        return messages.StepDone(request_id=command.request_id, rank=self._rank, spans=(span,), step=command.step)
 
     def _run_decode(self, command: messages.Decode) -> messages.Event:
         assert self._decode is not None
@@ -145,5 +143,11 @@ class Worker:
 
     def _span(self, request_id: str, role: Role, what: str, start_s: float, index: int | None = None) -> Span:
         return Span(
-            request_id=request_id, rank=self._rank, role=role, what=what, start_s=start_s, end_s=self._clock(), index=index
+            request_id=request_id,
+            rank=self._rank,
+            role=role,
+            what=what,
+            start_s=start_s,
+            end_s=self._clock(),
+            index=index,
         )

@@ -71,9 +71,7 @@ class WanDecodeStage:
             video = unpatchify(video, patch_size=self.vae.config.patch_size)
         return to_frames(video)
 
-    def _decode(
-        self, state: WanDecodeState, tile: tuple[int, int], latents: torch.Tensor, index: int
-    ) -> torch.Tensor:
+    def _decode(self, state: WanDecodeState, tile: tuple[int, int], latents: torch.Tensor, index: int) -> torch.Tensor:
         """One latent frame of one tile; it must follow frame `index` - 1 of the same tile."""
         cache = state.caches.setdefault(tile, [None] * self._num_caches)
         video: torch.Tensor = self.vae.decoder(latents, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)

@@ -1,5 +1,7 @@
 """Wan's text stage: UMT5, cut to the real length, then padded with zeros that attention does not mask."""
 
+from typing import Any
+
 import torch
 from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -13,7 +15,7 @@ from pipedit.models.wan.prompt import clean
 class WanTextStage:
     """Prompts -> `prompt` and, with guidance, `negative`: [1, T, D] with T = max_sequence_length."""
 
-    def __init__(self, tokenizer: object, encoder: UMT5EncoderModel) -> None:
+    def __init__(self, tokenizer: Any, encoder: UMT5EncoderModel) -> None:
         self._tokenizer, self._encoder = tokenizer, encoder
 
     @classmethod
@@ -39,4 +41,3 @@ class WanTextStage:
         # Padding must become exact zeros: the transformer attends to it.
         real = int(mask.gt(0).sum())
         return torch.cat([hidden[:, :real], hidden.new_zeros(1, length - real, hidden.shape[2])], dim=1)
-
