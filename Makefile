@@ -75,7 +75,7 @@ $(INSTALLED_DEV): $(METADATA) | $(BIN)/python
 lock:
 	set -e; venv=$$(mktemp -d); trap 'rm -rf "$$venv" constraints.txt.new' EXIT; \
 	"$(PYTHON)" -m venv "$$venv"; \
-	"$$venv/bin/python" -m pip install --quiet torch==$(TORCH) '.[dev]' hatchling editables; \
+	"$$venv/bin/python" -m pip install --quiet torch==$(TORCH) '.[dev,training]' hatchling editables; \
 	echo "# Every package of a development environment, pinned. Written by: make lock" > constraints.txt.new; \
 	"$$venv/bin/python" -m pip freeze --all --exclude pip --exclude pipedit \
 	  | sed -E 's/\+[a-z0-9.]+$$//' | grep -Ev '^(nvidia|cuda|triton)' >> constraints.txt.new; \

@@ -69,6 +69,11 @@ def test_a_wrong_command_line_is_wrong_input(cli: Cli, arguments: list[str], sai
     assert "Traceback" not in ran.err
 
 
+def test_a_group_needs_a_command(cli: Cli) -> None:
+    ran = cli("bench")
+    assert (ran.code, ran.errors) == (2, ["pipedit bench needs a command"])
+
+
 def test_a_wrong_command_line_with_json_is_a_document(cli: Cli) -> None:
     ran = cli("generate", "x", "--json", "--no-such-flag")
     assert ran.code == 2

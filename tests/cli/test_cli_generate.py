@@ -198,8 +198,9 @@ def test_two_videos_cannot_have_one_name(cli: Cli) -> None:
     assert any("already the name of a video" in error for error in ran.errors)
 
 
-def test_too_little_memory_is_predicted(cli: Cli) -> None:
-    ran = cli.generate("x", "--height", "160000", "--width", "160000", "-o", "x.gif", "--json")
+def test_too_little_memory_is_predicted(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipedit.engine.intake.available_bytes", lambda _device: 1_500_000)
+    ran = cli.generate("x", "-o", "x.gif", "--json")
     assert ran.code == 1
     assert ran.document["error"]["kind"] == "memory"
     assert "need about" in ran.errors[0]

@@ -37,6 +37,8 @@ def test_a_good_request_has_no_problems(problems_of: Callable[..., list[str]]) -
         ({"height": 500}, "nearest are 496 and 512"),
         ({"width": 8}, "nearest are 16 and 32"),
         ({"height": 0}, "nearest are 16 and 32"),
+        ({"num_frames": 257}, "positions for: 253"),
+        ({"width": 1040}, "positions for: 1024"),
         ({"num_inference_steps": 0}, "at least 1"),
         ({"guidance_scale": -1.0}, "at least 0"),
         ({"guidance_scale": float("inf")}, "at least 0"),

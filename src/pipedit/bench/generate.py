@@ -61,14 +61,9 @@ def complete_settings(bench: GenerateBench, **changes: Any) -> tuple[Path, dict[
 def _peer_settings(bench: GenerateBench, settings: dict[str, Any]) -> dict[str, Any]:
     # flow_shift is the noise scheduler's in diffusers; both sides take the checkpoint's own here
     chosen = {k: v for k, v in settings.items() if k != "flow_shift"}
-    on_gpu = bench.device != "cpu" and bench.dtype != "float32"
-    return {
-        **chosen,
-        "device": bench.device,
-        "dtype": bench.dtype,
-        "vae_float32": on_gpu,
-        "compile": bench.compile_layers,
-    }
+    precision = dataclasses.asdict(Engine(bench.model, device=bench.device, dtype=bench.dtype).precision)
+    run = {"device": bench.device, "dtype": bench.dtype, "precision": precision, "compile": bench.compile_layers}
+    return {**chosen, **run}
 
 
 def _warm(bench: GenerateBench, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

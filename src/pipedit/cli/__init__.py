@@ -5,9 +5,15 @@ stdout carries data (paths, tables that were asked for, one JSON document), stde
 
 import sys
 
+from pipedit.cli import garbage
+
 
 def main() -> int:
     """The command `pipedit`; returns the exit code."""
+    garbage.postpone()
     from pipedit.cli.app import run
 
-    return run(sys.argv[1:])
+    try:
+        return run(sys.argv[1:])
+    finally:
+        garbage.leave_to_the_system()

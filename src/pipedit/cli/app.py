@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pipedit.cli import errors
+from pipedit.cli.bench import bench
 from pipedit.cli.console import Session, session_of
 from pipedit.cli.doctor import doctor
 from pipedit.cli.generate import EPILOG, generate, open_engine
@@ -34,7 +35,7 @@ app.command(cls=Command, epilog=EPILOG)(generate)
 app.command(cls=Command)(models)
 app.command(cls=Command)(trace)
 app.command(cls=Command)(doctor)
-# Groups of commands are registered here too: app.add_typer(group, name="...").
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

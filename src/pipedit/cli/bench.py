@@ -9,29 +9,29 @@ import typer
 from rich.table import Table
 
 from pipedit.cli.console import Session, session_of
+from pipedit.cli.options import Command, Group, JsonFlag
 from pipedit.core.errors import InvalidRequestError
 from pipedit.core.staging import write_text_whole
 from pipedit.core.units import format_bytes, format_seconds
 
-bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
+bench = typer.Typer(help="Measure speed and memory on this machine.", cls=Group, no_args_is_help=True)
 
 Model = Annotated[str, typer.Option(help="Model to measure: a folder, a hub id or a short name.")]
 RandomModel = Annotated[
     str | None,
-    typer.Option("--random-model", help="Build this random-weight pipeline instead of --model (wan_mid, wan22, ...)."),
+    typer.Option("--random-model", help="Build this one with random weights: wan_mid, or any short name of a model."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16, for both sides.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16, for both sides.")]
 NumFrames = Annotated[int | None, typer.Option(help="Frames (default: the model's).")]
 Height = Annotated[int | None, typer.Option(help="Height in pixels (default: the model's).")]
 Width = Annotated[int | None, typer.Option(help="Width in pixels (default: the model's).")]
 Steps = Annotated[int | None, typer.Option("--num-inference-steps", help="Denoising steps (default: the model's).")]
 TextLength = Annotated[int | None, typer.Option("--max-sequence-length", help="Text tokens (default: the model's).")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the whole result as one JSON document.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Also write the JSON result to this file.")]
 
 
-@bench.command("generate")
+@bench.command("generate", cls=Command)
 def bench_generate(
     context: typer.Context,
     model: Model = "tiny",
@@ -48,7 +48,7 @@ def bench_generate(
     compile_layers: Annotated[
         bool, typer.Option("--enable-torch-compile", help="torch.compile of the layers, on both sides.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: JsonFlag = False,
     output: Output = None,
 ) -> None:
     """End to end against the plain diffusers pipeline: same weights, same machine, interleaved."""
@@ -68,7 +68,7 @@ def bench_generate(
         session.terminal.table(_generate_table(result))
 
 
-@bench.command("memory")
+@bench.command("memory", cls=Command)
 def bench_memory(
     context: typer.Context,
     model: Model = "tiny",
@@ -79,7 +79,7 @@ def bench_memory(
     width: Width = None,
     num_inference_steps: Steps = 1,
     max_sequence_length: TextLength = None,
-    as_json: AsJson = False,
+    as_json: JsonFlag = False,
     output: Output = None,
 ) -> None:
     """Peak memory of a whole process against the number of frames, beside plain diffusers. On the CPU."""
@@ -97,7 +97,7 @@ def bench_memory(
         session.terminal.table(_memory_table(result))
 
 
-@bench.command("device")
+@bench.command("device", cls=Command)
 def bench_device(
     context: typer.Context,
     model: Model = "tiny",
@@ -107,7 +107,7 @@ def bench_device(
     num_frames: NumFrames = None,
     height: Height = None,
     width: Width = None,
-    as_json: AsJson = False,
+    as_json: JsonFlag = False,
     output: Output = None,
 ) -> None:
     """Rates of attention, linear layers and VAE decoding at a model's shapes: a device profile for planning."""
@@ -149,13 +149,16 @@ def _model(model: str, random_model: str | None, scratch: Path) -> str:
     """The model to open; a random one is built first."""
     if random_model is None:
         return model
-    from pipedit.models import random_pipelines
+    import torch
 
-    if random_model not in random_pipelines.SIZES:
-        raise InvalidRequestError(
-            [f"--random-model {random_model} is not known; use {', '.join(random_pipelines.SIZES)}"]
-        )
-    random_pipelines.build(random_model, scratch / random_model)
+    from pipedit.models import random_pipelines
+    from pipedit.models.published_configs import PUBLISHED
+
+    kinds = (*random_pipelines.SIZES, *PUBLISHED)
+    if random_model not in kinds:
+        raise InvalidRequestError([f"--random-model {random_model} is not known; use {', '.join(kinds)}"])
+    dtype = torch.bfloat16 if random_model in PUBLISHED else torch.float32
+    random_pipelines.build(random_model, scratch / random_model, dtype=dtype)
     return str(scratch / random_model)
 
 

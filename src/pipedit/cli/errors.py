@@ -120,7 +120,8 @@ def _usage(error: typer.TyperException) -> Problem:
     """A command line that cannot be understood. Typer's sentence, in our form."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "pipedit"
-    message = error.format_message().removesuffix(".")
+    # Empty: a group without a command, whose help is already on the screen.
+    message = error.format_message().removesuffix(".") or f"{command} needs a command"
     return Problem(
         kind="bad_input",
         messages=(message[:1].lower() + message[1:],),

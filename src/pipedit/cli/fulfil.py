@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from pipedit.cli import errors
+from pipedit.cli import errors, garbage
 from pipedit.cli.console import Session
 from pipedit.cli.order import Plan
 from pipedit.cli.progress import Display, make_display
@@ -33,6 +33,7 @@ def fulfil(session: Session, plan: Plan, *, like: str | None, trace: str | None)
         with display:
             with display.loading(plan.settings.model):
                 engine.start()
+            garbage.begin()
             rendering = Rendering(engine, plan.jobs, display)
             results, failures = _run(session, rendering, display)
         timeline = _timeline(engine, rendering, plan)

@@ -1,6 +1,7 @@
 """Random-weight pipelines built offline: sizes, tokenizers, weights, saving. For tests and for benchmarks.
 
-A size is a frozen config (data only); `randomise` and `build` work for any size. Knows no adapter.
+A size is a frozen config (data only); `randomise` and `build` work for any size, published ones included: random
+weights at the true sizes give true timings. Knows no adapter.
 """
 
 import dataclasses
@@ -14,8 +15,11 @@ import diffusers
 import tokenizers
 import torch
 import transformers
+from accelerate import init_empty_weights
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from tokenizers import decoders, pre_tokenizers, processors, trainers
+
+from pipedit.models.published_configs import PUBLISHED
 
 Arguments = Mapping[str, Any]  # constructor arguments of one part
 
@@ -141,6 +145,42 @@ SIZES: Mapping[str, WanSizes | HunyuanSizes] = {
     ),
 }
 
+# Enough of a text encoder for HunyuanVideo, which takes the third hidden state from the end.
+_TEXT_LAYERS = 4
+
+
+def sizes_of(kind: str) -> WanSizes | HunyuanSizes:
+    """The sizes of a key of `SIZES`, or of a published model by its short name.
+
+    Of published models the text encoder is cut to a few layers: its time is a small part of a request, its weights are
+    half of the disk.
+    """
+    if kind in SIZES:
+        return SIZES[kind]
+    configs = PUBLISHED[kind]
+    index, scheduler = configs["model_index"], configs["scheduler"]
+    if index["_class_name"] == "HunyuanVideoPipeline":
+        text = {**configs["text_encoder"], "num_hidden_layers": _TEXT_LAYERS}
+        return HunyuanSizes(
+            transformer=configs["transformer"],
+            vae=configs["vae"],
+            text_encoder=text,
+            text_encoder_2=configs["text_encoder_2"],
+            flow_shift=scheduler["shift"],
+        )
+    text = {**configs["text_encoder"], "num_layers": _TEXT_LAYERS}
+    vae = configs["vae"]
+    statistics = {name: _WAN_VAE_RESIDUAL[name] for name in ("latents_mean", "latents_std")}
+    return WanSizes(
+        transformer=configs["transformer"],
+        vae={**vae, **statistics} if vae["z_dim"] == 48 else vae,
+        text_encoder=text,
+        flow_shift=scheduler["flow_shift"],
+        boundary_ratio=index.get("boundary_ratio"),
+        expand_timesteps=index.get("expand_timesteps", False),
+    )
+
+
 # -- tokenizers ---------------------------------------------------------------------------------------------------
 
 _SENTENCES = (
@@ -232,7 +272,7 @@ def randomise(module: torch.nn.Module, generator: torch.Generator) -> None:
 def _wan_parts(sizes: WanSizes) -> dict[str, Any]:
     tokenizer = umt5_tokenizer()
     text_config = transformers.UMT5Config(
-        **sizes.text_encoder, vocab_size=len(tokenizer), dropout_rate=0.0, feed_forward_proj="gated-gelu"
+        **{"feed_forward_proj": "gated-gelu", **sizes.text_encoder, "vocab_size": len(tokenizer), "dropout_rate": 0.0}
     )
     two_experts = sizes.boundary_ratio is not None
     return {
@@ -250,14 +290,14 @@ def _wan_parts(sizes: WanSizes) -> dict[str, Any]:
 def _hunyuan_parts(sizes: HunyuanSizes) -> dict[str, Any]:
     tokenizer, tokenizer_2 = llama3_tokenizer(), clip_tokenizer()
     llama_config = transformers.LlamaConfig(
-        **sizes.text_encoder,
+        **_without_vocabulary(sizes.text_encoder),
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     clip_config = transformers.CLIPTextConfig(
-        **sizes.text_encoder_2,
+        **_without_vocabulary(sizes.text_encoder_2),
         vocab_size=len(tokenizer_2),
         bos_token_id=tokenizer_2.bos_token_id,
         eos_token_id=tokenizer_2.eos_token_id,  # pooling looks for it
@@ -277,30 +317,45 @@ def _hunyuan_parts(sizes: HunyuanSizes) -> dict[str, Any]:
 # -- saving -------------------------------------------------------------------------------------------------------
 
 
-def build(kind: str, folder: Path, *, max_shard_size: str | None = None) -> None:
-    """Writes the pipeline `kind` (a key of `SIZES`) as an ordinary diffusers folder; the same bytes every time.
+def build(kind: str, folder: Path, *, max_shard_size: str | None = None, dtype: torch.dtype = torch.float32) -> None:
+    """Writes the pipeline `kind` (see `sizes_of`) as an ordinary diffusers folder; the same bytes every time.
 
-    `max_shard_size`, such as "100KB", splits the weights of every larger part into shards with an index.
+    `max_shard_size`, such as "100KB", splits the weights of every larger part into shards with an index. The whole
+    pipeline is in host memory once, in `dtype`.
     """
-    sizes = SIZES[kind]
+    sizes = sizes_of(kind)
+    with init_empty_weights():  # default initialisation of a 13B model would take minutes, for nothing
+        parts = _wan_parts(sizes) if isinstance(sizes, WanSizes) else _hunyuan_parts(sizes)
     if isinstance(sizes, WanSizes):
-        parts = _wan_parts(sizes)
         options = {"boundary_ratio": sizes.boundary_ratio, "expand_timesteps": sizes.expand_timesteps}
         pipeline = diffusers.WanPipeline(**parts, **options)
         published_tokenizer = "T5TokenizerFast"
     else:
-        parts = _hunyuan_parts(sizes)
         pipeline = diffusers.HunyuanVideoPipeline(**parts)
         published_tokenizer = "LlamaTokenizerFast"
     generator = torch.Generator("cpu").manual_seed(0)
     for name in sorted(parts):
         if isinstance(parts[name], torch.nn.Module):
+            _materialise(parts[name], dtype)
             randomise(parts[name], generator)
     last = parts["vae"].decoder.conv_out
     with torch.no_grad():
         getattr(last, "conv", last).weight.mul_(sizes.contrast)  # HunyuanVideo wraps a plain convolution
     pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
     _name_tokenizer_class(folder, published_tokenizer)
+
+
+def _materialise(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Gives memory to parameters that have none. Tied ones are tied again."""
+    for name, parameter in list(module.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        module.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
+    if isinstance(module, transformers.PreTrainedModel):
+        module.tie_weights()
+
+
+def _without_vocabulary(config: Arguments) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "vocab_size"}
 
 
 def _name_tokenizer_class(folder: Path, name: str) -> None:

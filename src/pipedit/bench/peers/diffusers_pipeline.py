@@ -2,7 +2,7 @@
 
 python diffusers_pipeline.py serve FOLDER SETTINGS   loads once, then answers each line on stdin with seconds
 python diffusers_pipeline.py once FOLDER SETTINGS OUT   a minimal script: load, generate, write OUT
-SETTINGS is a JSON object: the arguments of the pipeline's call, plus seed, device and dtype.
+SETTINGS is a JSON object: the arguments of the pipeline's call, plus seed, fps, device, dtype, precision, compile.
 """
 
 import json
@@ -22,11 +22,12 @@ def load(folder: str, settings: dict[str, Any]) -> Any:
         from transformers import PreTrainedTokenizerFast
 
         parts["tokenizer"] = PreTrainedTokenizerFast.from_pretrained(folder, subfolder="tokenizer")
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, settings.pop("dtype")), **parts)
-    if settings.pop("vae_float32", False):
-        pipe.vae.to(torch.float32)
+    settings.pop("dtype")
+    precision = {name: getattr(torch, dtype) for name, dtype in settings.pop("precision").items()}
+    dtypes = {**precision, "text_encoder_2": precision["text_encoder"], "transformer_2": precision["transformer"]}
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype={**dtypes, "default": torch.float32}, **parts)
     pipe.to(settings.pop("device"))
-    if settings.pop("compile", False):
+    if settings.pop("compile"):
         for name in ("transformer", "transformer_2"):
             if getattr(pipe, name, None) is not None:
                 getattr(pipe, name).compile_repeated_blocks(fullgraph=True)

@@ -11,7 +11,7 @@ from pipedit.engine.engine import Engine
 
 def serve(folder: str, settings: dict[str, Any]) -> None:
     device, dtype = settings.pop("device"), settings.pop("dtype")
-    compiled, _ = settings.pop("compile", False), settings.pop("vae_float32", None)
+    compiled, _ = settings.pop("compile"), settings.pop("precision")
     with Engine(folder, device=device, dtype=dtype, compile_layers=compiled) as engine:
         engine.start()
         print(json.dumps({"ready": True}), flush=True)

@@ -84,6 +84,20 @@ class WanAdapter(ModelAdapter):
             problems.append("guidance_scale_2 is only for models with two experts (Wan 2.2 A14B); leave it out")
         if request.true_cfg_scale is not None:
             problems.append("true_cfg_scale is only for HunyuanVideo; Wan's guidance is guidance_scale")
+        return problems + self._position_problems(request)
+
+    def _position_problems(self, request: VideoRequest) -> list[str]:
+        """The rotary embedding holds a fixed number of positions along each axis."""
+        positions = int(self.transformer_config.get("rope_max_seq_len", 1024))
+        patch = self.transformer_config.get("patch_size", (1, 2, 2))
+        most_frames = (positions * patch[0] - 1) * self.temporal_factor + 1
+        problems = []
+        if request.num_frames is not None and request.num_frames > most_frames:
+            problems.append(f"num_frames={request.num_frames} is more than this model has positions for: {most_frames}")
+        for name, size in (("height", patch[1]), ("width", patch[2])):
+            pixels, most = getattr(request, name), positions * size * self.spatial_factor
+            if pixels is not None and pixels > most:
+                problems.append(f"{name}={pixels} is more than this model has positions for: {most}")
         return problems
 
     def clean_prompt(self, prompt: str) -> str:
