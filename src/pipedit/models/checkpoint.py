@@ -62,8 +62,17 @@ class Checkpoint:
     def path(self, component: str) -> Path:
         return self.folder / component
 
+    @functools.cached_property
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        return {}  # what `config` has read so far
+
     def config(self, component: str) -> dict[str, Any]:
-        """The component's own config file, whatever its kind calls it."""
+        """The component's own config file, whatever its kind calls it. Read once; do not change it."""
+        if component not in self._configs:
+            self._configs[component] = self._read_config(component)
+        return self._configs[component]
+
+    def _read_config(self, component: str) -> dict[str, Any]:
         names = ("config.json", "scheduler_config.json", "tokenizer_config.json")
         for name in names:
             if (self.path(component) / name).is_file():

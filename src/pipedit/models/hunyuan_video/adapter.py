@@ -1,7 +1,7 @@
 """What the HunyuanVideo family declares. Torch-free; stages that hold weights are in text.py, denoise.py, decode.py."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pipedit.core.request import RequestDefaults, VideoRequest
 from pipedit.models.adapter import (
@@ -17,7 +17,9 @@ from pipedit.models.adapter import (
     TextStage,
     TokenLayout,
 )
+from pipedit.models.checkpoint import Checkpoint
 from pipedit.models.hunyuan_video import text_costs, transformer_costs, vae_costs
+from pipedit.models.hunyuan_video.layout import HunyuanVideoLayout
 from pipedit.models.hunyuan_video.prompt import CLIP_TOKENS, PROMPT_FRAME
 from pipedit.models.hunyuan_video.tiles import temporal_tiles
 from pipedit.plan.costs import PartBytes, RequestCost
@@ -31,21 +33,9 @@ class HunyuanVideoAdapter(ModelAdapter):
     pipeline_classes: ClassVar[tuple[str, ...]] = ("HunyuanVideoPipeline",)
     prompt_frame: ClassVar[PromptFrame] = PROMPT_FRAME
 
-    @property
-    def transformer_config(self) -> dict[str, Any]:
-        return self.checkpoint.config("transformer")
-
-    @property
-    def vae_config(self) -> dict[str, Any]:
-        return self.checkpoint.config("vae")
-
-    @property
-    def temporal_factor(self) -> int:
-        return int(self.vae_config.get("temporal_compression_ratio", 4))
-
-    @property
-    def spatial_factor(self) -> int:
-        return int(self.vae_config.get("spatial_compression_ratio", 8))
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.layout = HunyuanVideoLayout(checkpoint)
 
     @property
     def published_defaults(self) -> RequestDefaults:
@@ -57,12 +47,12 @@ class HunyuanVideoAdapter(ModelAdapter):
 
     @property
     def size_rules(self) -> SizeRules:
-        patch = int(self.transformer_config.get("patch_size", 2))
-        return SizeRules(frame_step=self.temporal_factor, size_multiple=self.spatial_factor * patch)
+        patch = int(self.layout.transformer_config.get("patch_size", 2))
+        return SizeRules(frame_step=self.layout.temporal_factor, size_multiple=self.layout.spatial_factor * patch)
 
     def extra_problems(self, request: VideoRequest) -> list[str]:
         problems = []
-        kind = self.transformer_config.get("image_condition_type")
+        kind = self.layout.transformer_config.get("image_condition_type")
         if kind is not None:
             problems.append(
                 f"{self.checkpoint.name} makes videos from an image ({kind}), which is not supported; "
@@ -86,7 +76,7 @@ class HunyuanVideoAdapter(ModelAdapter):
                     "set it or leave negative_prompt out"
                 )
         chosen = request.guidance_scale not in (None, self.defaults.guidance_scale)
-        if chosen and not self.transformer_config.get("guidance_embeds", True):
+        if chosen and not self.layout.transformer_config.get("guidance_embeds", True):
             problems.append(
                 f"guidance_scale={request.guidance_scale} has no effect: this checkpoint has no guidance embedding; "
                 "use true_cfg_scale with a negative prompt"
@@ -103,17 +93,13 @@ class HunyuanVideoAdapter(ModelAdapter):
         return Precision(text_encoder="float16", transformer="bfloat16", vae="float16")
 
     def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int, int]:
-        """[1, C, F, H, W] of the latents."""
-        assert request.num_frames and request.height and request.width
-        frames = (request.num_frames - 1) // self.temporal_factor + 1
-        channels = int(self.transformer_config["in_channels"])
-        return (1, channels, frames, request.height // self.spatial_factor, request.width // self.spatial_factor)
+        return self.layout.latent_shape(request)
 
     def token_layout(self, request: VideoRequest) -> TokenLayout:
         """`text_tokens` is the most that a prompt can have; the padding is never computed (see text.py)."""
         assert request.max_sequence_length
         _, _, frames, rows, columns = self.latent_shape(request)
-        config = self.transformer_config
+        config = self.layout.transformer_config
         patch = config.get("patch_size", 2)
         return TokenLayout(
             latent_frames=frames // config.get("patch_size_t", 1),
@@ -125,7 +111,7 @@ class HunyuanVideoAdapter(ModelAdapter):
         )
 
     def attention_sites(self) -> Sequence[AttentionSite]:
-        config = self.transformer_config
+        config = self.layout.transformer_config
         return [
             AttentionSite(
                 path=f"{layer}.attn",
@@ -139,17 +125,10 @@ class HunyuanVideoAdapter(ModelAdapter):
         ]
 
     def layer_split(self) -> LayerSplit:
-        config = self.transformer_config
-        double = (f"transformer_blocks.{layer}" for layer in range(config["num_layers"]))
-        single = (f"single_transformer_blocks.{layer}" for layer in range(config["num_single_layers"]))
-        return LayerSplit(
-            front=("x_embedder", "context_embedder", "time_text_embed"),
-            layers=(*double, *single),
-            back=("norm_out", "proj_out"),
-        )
+        return self.layout.layer_split()
 
     def num_decode_chunks(self, request: VideoRequest) -> int:
-        return len(temporal_tiles(self.latent_shape(request)[2], self.temporal_factor))
+        return len(temporal_tiles(self.latent_shape(request)[2], self.layout.temporal_factor))
 
     def uses_true_guidance(self, request: VideoRequest) -> bool:
         """Two forwards a step, one of them with the negative prompt."""
@@ -163,9 +142,9 @@ class HunyuanVideoAdapter(ModelAdapter):
         encode = text_costs.llama_operations(llama, PROMPT_FRAME.cropped_tokens + layout.text_tokens)
         decode = [
             vae_costs.decode_operations(
-                self.vae_config, frames=len(tile.latents), rows=rows, columns=columns, tiling=tiling
+                self.layout.vae_config, frames=len(tile.latents), rows=rows, columns=columns, tiling=tiling
             )
-            for tile in temporal_tiles(frames, self.temporal_factor)
+            for tile in temporal_tiles(frames, self.layout.temporal_factor)
         ]
         return RequestCost(
             num_steps=request.num_inference_steps or 1,
@@ -176,7 +155,7 @@ class HunyuanVideoAdapter(ModelAdapter):
             latent_bytes=3 * channels * frames * rows * columns * 4,  # latents, prediction, and the next latents
             encode=(encode + text_costs.clip_operations(clip, CLIP_TOKENS)).times(forwards),
             forward=transformer_costs.transformer_cost(
-                transformer_costs.TransformerShape.from_config(self.transformer_config),
+                transformer_costs.TransformerShape.from_config(self.layout.transformer_config),
                 tokens=layout.latent_tokens,
                 text_tokens=layout.text_tokens,
             ),
@@ -189,12 +168,12 @@ class HunyuanVideoAdapter(ModelAdapter):
     def _parts(
         self, layout: TokenLayout, precision: Precision, latents: tuple[int, int, int], *, tiling: bool
     ) -> dict[str, PartBytes]:
-        shape = transformer_costs.TransformerShape.from_config(self.transformer_config)
+        shape = transformer_costs.TransformerShape.from_config(self.layout.transformer_config)
         llama, clip = self.checkpoint.config("text_encoder"), self.checkpoint.config("text_encoder_2")
         text, element = element_bytes(precision.text_encoder), element_bytes(precision.transformer)
         vae = element_bytes(precision.vae)
         llama_tokens = PROMPT_FRAME.cropped_tokens + layout.text_tokens
-        frames = max(len(tile.latents) for tile in temporal_tiles(latents[0], self.temporal_factor))
+        frames = max(len(tile.latents) for tile in temporal_tiles(latents[0], self.layout.temporal_factor))
         return {
             "text_encoder": PartBytes(
                 weights=text_costs.llama_parameters(llama) * text,
@@ -211,9 +190,14 @@ class HunyuanVideoAdapter(ModelAdapter):
                 ),
             ),
             "vae": PartBytes(
-                weights=vae_costs.decoder_parameters(self.vae_config) * vae,
+                weights=vae_costs.decoder_parameters(self.layout.vae_config) * vae,
                 working=vae_costs.decode_working_bytes(
-                    self.vae_config, frames=frames, rows=latents[1], columns=latents[2], element=vae, tiling=tiling
+                    self.layout.vae_config,
+                    frames=frames,
+                    rows=latents[1],
+                    columns=latents[2],
+                    element=vae,
+                    tiling=tiling,
                 ),
             ),
         }
@@ -226,9 +210,9 @@ class HunyuanVideoAdapter(ModelAdapter):
     def load_denoise_stage(self, device: str, precision: Precision, layers: range | None = None) -> DenoiseStage:
         from pipedit.models.hunyuan_video.denoise import HunyuanVideoDenoiseStage
 
-        return HunyuanVideoDenoiseStage.load(self, device, precision, layers)
+        return HunyuanVideoDenoiseStage.load(self.layout, device, precision, layers)
 
     def load_decode_stage(self, device: str, precision: Precision, *, tiling: bool = False) -> DecodeStage:
         from pipedit.models.hunyuan_video.decode import HunyuanVideoDecodeStage
 
-        return HunyuanVideoDecodeStage.load(self, device, precision, tiling=tiling)
+        return HunyuanVideoDecodeStage.load(self.layout, device, precision, tiling=tiling)

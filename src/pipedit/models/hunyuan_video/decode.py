@@ -5,7 +5,7 @@ video. Spatial tiling is optional and changes pixels near the seams, as it does 
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +13,10 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import Autoencod
 
 from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import Precision
+from pipedit.models.hunyuan_video.layout import HunyuanVideoLayout
 from pipedit.models.hunyuan_video.tiles import BLENDED_FRAMES, temporal_tiles
 from pipedit.models.loading import load_module
 from pipedit.models.pixels import to_frames
-
-if TYPE_CHECKING:
-    from pipedit.models.hunyuan_video.adapter import HunyuanVideoAdapter
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -38,11 +36,11 @@ class HunyuanVideoDecodeStage:
 
     @classmethod
     def load(
-        cls, adapter: "HunyuanVideoAdapter", device: str, precision: Precision, *, tiling: bool
+        cls, layout: HunyuanVideoLayout, device: str, precision: Precision, *, tiling: bool
     ) -> "HunyuanVideoDecodeStage":
         vae = load_module(
-            lambda: AutoencoderKLHunyuanVideo.from_config(adapter.vae_config),
-            adapter.checkpoint.weights("vae"),
+            lambda: AutoencoderKLHunyuanVideo.from_config(layout.vae_config),
+            layout.checkpoint.weights("vae"),
             device=device,
             dtype=getattr(torch, precision.vae),
             prefixes=("decoder", "post_quant_conv"),

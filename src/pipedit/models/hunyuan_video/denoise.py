@@ -1,7 +1,7 @@
 """HunyuanVideo's denoise stage: guidance as an embedding; with a negative prompt, true guidance on top of it."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,12 +9,10 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 
 from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import Precision
+from pipedit.models.hunyuan_video.layout import HunyuanVideoLayout
 from pipedit.models.loading import load_module
 from pipedit.models.noise_schedulers import make_noise_scheduler
 from pipedit.models.seeding import initial_noise
-
-if TYPE_CHECKING:
-    from pipedit.models.hunyuan_video.adapter import HunyuanVideoAdapter
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -34,28 +32,28 @@ class HunyuanVideoState:
 class HunyuanVideoDenoiseStage:
     def __init__(
         self,
-        adapter: "HunyuanVideoAdapter",
+        layout: HunyuanVideoLayout,
         device: str,
         dtype: torch.dtype,
         transformer: HunyuanVideoTransformer3DModel,
     ) -> None:
-        self._adapter, self._device, self._dtype, self.transformer = adapter, device, dtype, transformer
+        self._layout, self._device, self._dtype, self.transformer = layout, device, dtype, transformer
         for layer in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
             layer.register_forward_pre_hook(_without_mask)
 
     @classmethod
     def load(
-        cls, adapter: "HunyuanVideoAdapter", device: str, precision: Precision, layers: range | None = None
+        cls, layout: HunyuanVideoLayout, device: str, precision: Precision, layers: range | None = None
     ) -> "HunyuanVideoDenoiseStage":
         dtype = getattr(torch, precision.transformer)
         transformer = load_module(
-            lambda: HunyuanVideoTransformer3DModel.from_config(adapter.transformer_config),
-            adapter.checkpoint.weights("transformer"),
+            lambda: HunyuanVideoTransformer3DModel.from_config(layout.transformer_config),
+            layout.checkpoint.weights("transformer"),
             device=device,
             dtype=dtype,
-            prefixes=adapter.layer_split().wanted(layers),
+            prefixes=layout.layer_split().wanted(layers),
         )
-        return cls(adapter, device, dtype, transformer)
+        return cls(layout, device, dtype, transformer)
 
     def compile_layers(self) -> None:
         self.transformer.compile_repeated_blocks(fullgraph=True)
@@ -63,7 +61,7 @@ class HunyuanVideoDenoiseStage:
     @torch.inference_mode()
     def begin(self, request: VideoRequest, conditioning: dict[str, torch.Tensor]) -> HunyuanVideoState:
         assert request.seed is not None and request.num_inference_steps is not None
-        checkpoint = self._adapter.checkpoint
+        checkpoint = self._layout.checkpoint
         noise_scheduler = make_noise_scheduler(
             checkpoint.component_class("scheduler"), checkpoint.config("scheduler"), request.flow_shift
         )
@@ -76,7 +74,7 @@ class HunyuanVideoDenoiseStage:
             # Scaled in the transformer's precision: 6.0 becomes 6016 in bfloat16, which is what diffusers gives it.
             guidance=torch.tensor([request.guidance_scale], dtype=self._dtype, device=self._device) * 1000.0,
             noise_scheduler=noise_scheduler,
-            latents=initial_noise(self._adapter.latent_shape(request), request.seed, self._device),
+            latents=initial_noise(self._layout.latent_shape(request), request.seed, self._device),
         )
 
     @torch.inference_mode()

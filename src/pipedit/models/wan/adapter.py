@@ -1,7 +1,7 @@
 """What the Wan family declares. Torch-free; stages that hold weights are in text.py, denoise.py, decode.py."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pipedit.core.request import RequestDefaults, VideoRequest
 from pipedit.models.adapter import (
@@ -16,12 +16,11 @@ from pipedit.models.adapter import (
     TextStage,
     TokenLayout,
 )
+from pipedit.models.checkpoint import Checkpoint
 from pipedit.models.wan import text_costs, transformer_costs, vae_costs
+from pipedit.models.wan.layout import WanLayout
 from pipedit.plan.costs import PartBytes, RequestCost
 from pipedit.plan.precision import element_bytes
-
-LAYER_SPLIT_FRONT = ("patch_embedding", "condition_embedder")
-LAYER_SPLIT_BACK = ("proj_out", "scale_shift_table")
 
 
 class WanAdapter(ModelAdapter):
@@ -30,44 +29,18 @@ class WanAdapter(ModelAdapter):
     family: ClassVar[str] = "wan"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("WanPipeline",)
 
-    @property
-    def transformer_config(self) -> dict[str, Any]:
-        return self.checkpoint.config("transformer")
-
-    @property
-    def vae_config(self) -> dict[str, Any]:
-        return self.checkpoint.config("vae")
-
-    @property
-    def has_two_experts(self) -> bool:
-        return self.checkpoint.has("transformer_2") and self.boundary_ratio is not None
-
-    @property
-    def boundary_ratio(self) -> float | None:
-        ratio = self.checkpoint.index.get("boundary_ratio")
-        return None if ratio is None else float(ratio)
-
-    @property
-    def expands_timesteps(self) -> bool:
-        """Wan 2.2 TI2V: every token carries its own timestep."""
-        return bool(self.checkpoint.index.get("expand_timesteps", False))
-
-    @property
-    def temporal_factor(self) -> int:
-        return int(self.vae_config.get("scale_factor_temporal", 4))
-
-    @property
-    def spatial_factor(self) -> int:
-        return int(self.vae_config.get("scale_factor_spatial", 8))
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.layout = WanLayout(checkpoint)
 
     @property
     def published_defaults(self) -> RequestDefaults:
-        if self.expands_timesteps:
+        if self.layout.expands_timesteps:
             return RequestDefaults(
                 height=704, width=1280, num_frames=121, fps=24, num_inference_steps=50, guidance_scale=5.0,
                 max_sequence_length=512,
             )  # fmt: skip
-        two = self.has_two_experts
+        two = self.layout.has_two_experts
         return RequestDefaults(
             height=480, width=832, num_frames=81, fps=16, num_inference_steps=40 if two else 50,
             guidance_scale=4.0 if two else 5.0, guidance_scale_2=3.0 if two else None, max_sequence_length=512,
@@ -75,12 +48,12 @@ class WanAdapter(ModelAdapter):
 
     @property
     def size_rules(self) -> SizeRules:
-        patch = self.transformer_config.get("patch_size", (1, 2, 2))
-        return SizeRules(frame_step=self.temporal_factor, size_multiple=self.spatial_factor * patch[1])
+        patch = self.layout.transformer_config.get("patch_size", (1, 2, 2))
+        return SizeRules(frame_step=self.layout.temporal_factor, size_multiple=self.layout.spatial_factor * patch[1])
 
     def extra_problems(self, request: VideoRequest) -> list[str]:
         problems = []
-        if request.guidance_scale_2 is not None and not self.has_two_experts:
+        if request.guidance_scale_2 is not None and not self.layout.has_two_experts:
             problems.append("guidance_scale_2 is only for models with two experts (Wan 2.2 A14B); leave it out")
         if request.true_cfg_scale is not None:
             problems.append("true_cfg_scale is only for HunyuanVideo; Wan's guidance is guidance_scale")
@@ -88,14 +61,14 @@ class WanAdapter(ModelAdapter):
 
     def _position_problems(self, request: VideoRequest) -> list[str]:
         """The rotary embedding holds a fixed number of positions along each axis."""
-        positions = int(self.transformer_config.get("rope_max_seq_len", 1024))
-        patch = self.transformer_config.get("patch_size", (1, 2, 2))
-        most_frames = (positions * patch[0] - 1) * self.temporal_factor + 1
+        positions = int(self.layout.transformer_config.get("rope_max_seq_len", 1024))
+        patch = self.layout.transformer_config.get("patch_size", (1, 2, 2))
+        most_frames = (positions * patch[0] - 1) * self.layout.temporal_factor + 1
         problems = []
         if request.num_frames is not None and request.num_frames > most_frames:
             problems.append(f"num_frames={request.num_frames} is more than this model has positions for: {most_frames}")
         for name, size in (("height", patch[1]), ("width", patch[2])):
-            pixels, most = getattr(request, name), positions * size * self.spatial_factor
+            pixels, most = getattr(request, name), positions * size * self.layout.spatial_factor
             if pixels is not None and pixels > most:
                 problems.append(f"{name}={pixels} is more than this model has positions for: {most}")
         return problems
@@ -106,7 +79,7 @@ class WanAdapter(ModelAdapter):
         return clean(prompt)
 
     def weighted_components(self) -> Sequence[str]:
-        return ("text_encoder", "transformer", *(("transformer_2",) if self.has_two_experts else ()), "vae")
+        return ("text_encoder", "transformer", *(("transformer_2",) if self.layout.has_two_experts else ()), "vae")
 
     def default_precision(self, device_type: str) -> Precision:
         if device_type == "cpu":
@@ -114,16 +87,12 @@ class WanAdapter(ModelAdapter):
         return Precision(text_encoder="bfloat16", transformer="bfloat16", vae="float32")
 
     def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int, int]:
-        """[1, C, F, H, W] of the latents."""
-        assert request.num_frames and request.height and request.width
-        frames = (request.num_frames - 1) // self.temporal_factor + 1
-        channels = int(self.transformer_config["in_channels"])
-        return (1, channels, frames, request.height // self.spatial_factor, request.width // self.spatial_factor)
+        return self.layout.latent_shape(request)
 
     def token_layout(self, request: VideoRequest) -> TokenLayout:
         assert request.max_sequence_length
         _, _, frames, rows, columns = self.latent_shape(request)
-        patch = self.transformer_config.get("patch_size", (1, 2, 2))
+        patch = self.layout.transformer_config.get("patch_size", (1, 2, 2))
         return TokenLayout(
             latent_frames=frames // patch[0],
             rows=rows // patch[1],
@@ -134,7 +103,7 @@ class WanAdapter(ModelAdapter):
         )
 
     def attention_sites(self) -> Sequence[AttentionSite]:
-        config = self.transformer_config
+        config = self.layout.transformer_config
         return [
             AttentionSite(
                 path=f"blocks.{layer}.attn1",
@@ -148,8 +117,7 @@ class WanAdapter(ModelAdapter):
         ]
 
     def layer_split(self) -> LayerSplit:
-        layers = tuple(f"blocks.{layer}" for layer in range(self.transformer_config["num_layers"]))
-        return LayerSplit(front=LAYER_SPLIT_FRONT, layers=layers, back=LAYER_SPLIT_BACK)
+        return self.layout.layer_split()
 
     def num_decode_chunks(self, request: VideoRequest) -> int:
         return self.latent_shape(request)[2]
@@ -163,14 +131,14 @@ class WanAdapter(ModelAdapter):
         layout, forwards = self.token_layout(request), 2 if self.uses_guidance(request) else 1
         _, channels, frames, rows, columns = self.latent_shape(request)
         forward = transformer_costs.transformer_cost(
-            transformer_costs.TransformerShape.from_config(self.transformer_config),
+            transformer_costs.TransformerShape.from_config(self.layout.transformer_config),
             tokens=layout.latent_tokens,
             text_tokens=layout.text_tokens,
-            timesteps=layout.latent_tokens if self.expands_timesteps else 1,
+            timesteps=layout.latent_tokens if self.layout.expands_timesteps else 1,
         )
         encode = text_costs.umt5_operations(self.checkpoint.config("text_encoder"), layout.text_tokens)
         first, later = (
-            vae_costs.decode_operations(self.vae_config, rows=rows, columns=columns, first=first, tiling=tiling)
+            vae_costs.decode_operations(self.layout.vae_config, rows=rows, columns=columns, first=first, tiling=tiling)
             for first in (True, False)
         )
         return RequestCost(
@@ -190,7 +158,7 @@ class WanAdapter(ModelAdapter):
     def _parts(
         self, layout: TokenLayout, precision: Precision, rows: int, columns: int, *, tiling: bool
     ) -> dict[str, PartBytes]:
-        shape = transformer_costs.TransformerShape.from_config(self.transformer_config)
+        shape = transformer_costs.TransformerShape.from_config(self.layout.transformer_config)
         text_config, text = self.checkpoint.config("text_encoder"), element_bytes(precision.text_encoder)
         element, vae = element_bytes(precision.transformer), element_bytes(precision.vae)
         expert = PartBytes(
@@ -199,7 +167,7 @@ class WanAdapter(ModelAdapter):
                 shape,
                 tokens=layout.latent_tokens,
                 text_tokens=layout.text_tokens,
-                timesteps=layout.latent_tokens if self.expands_timesteps else 1,
+                timesteps=layout.latent_tokens if self.layout.expands_timesteps else 1,
                 element=element,
             ),
         )
@@ -209,11 +177,11 @@ class WanAdapter(ModelAdapter):
                 working=text_costs.umt5_working_bytes(text_config, tokens=layout.text_tokens, element=text),
             ),
             "transformer": expert,
-            **({"transformer_2": expert} if self.has_two_experts else {}),
+            **({"transformer_2": expert} if self.layout.has_two_experts else {}),
             "vae": PartBytes(
-                weights=vae_costs.decoder_parameters(self.vae_config) * vae,
+                weights=vae_costs.decoder_parameters(self.layout.vae_config) * vae,
                 working=vae_costs.decode_working_bytes(
-                    self.vae_config, rows=rows, columns=columns, element=vae, tiling=tiling
+                    self.layout.vae_config, rows=rows, columns=columns, element=vae, tiling=tiling
                 ),
             ),
         }
@@ -226,9 +194,9 @@ class WanAdapter(ModelAdapter):
     def load_denoise_stage(self, device: str, precision: Precision, layers: range | None = None) -> DenoiseStage:
         from pipedit.models.wan.denoise import WanDenoiseStage
 
-        return WanDenoiseStage.load(self, device, precision, layers)
+        return WanDenoiseStage.load(self.layout, device, precision, layers)
 
     def load_decode_stage(self, device: str, precision: Precision, *, tiling: bool = False) -> DecodeStage:
         from pipedit.models.wan.decode import WanDecodeStage
 
-        return WanDecodeStage.load(self, device, precision, tiling=tiling)
+        return WanDecodeStage.load(self.layout, device, precision, tiling=tiling)

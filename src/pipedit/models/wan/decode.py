@@ -6,7 +6,7 @@ optional and changes pixels near the seams, as it does in diffusers; every tile 
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,7 @@ from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import Precision
 from pipedit.models.loading import load_module
 from pipedit.models.pixels import to_frames
-
-if TYPE_CHECKING:
-    from pipedit.models.wan.adapter import WanAdapter
+from pipedit.models.wan.layout import WanLayout
 
 FeatureCache = list[torch.Tensor | str | None]
 
@@ -37,10 +35,10 @@ class WanDecodeStage:
         self._num_caches = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
 
     @classmethod
-    def load(cls, adapter: "WanAdapter", device: str, precision: Precision, *, tiling: bool) -> "WanDecodeStage":
+    def load(cls, layout: WanLayout, device: str, precision: Precision, *, tiling: bool) -> "WanDecodeStage":
         vae = load_module(
-            lambda: AutoencoderKLWan.from_config(adapter.vae_config),
-            adapter.checkpoint.weights("vae"),
+            lambda: AutoencoderKLWan.from_config(layout.vae_config),
+            layout.checkpoint.weights("vae"),
             device=device,
             dtype=getattr(torch, precision.vae),
             prefixes=("decoder", "post_quant_conv"),

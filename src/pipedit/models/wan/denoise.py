@@ -1,7 +1,7 @@
 """Wan's denoise stage: one transformer, or two experts that take turns at the noise boundary."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
@@ -11,9 +11,7 @@ from pipedit.models.adapter import Precision
 from pipedit.models.loading import load_module
 from pipedit.models.noise_schedulers import make_noise_scheduler
 from pipedit.models.seeding import initial_noise
-
-if TYPE_CHECKING:
-    from pipedit.models.wan.adapter import WanAdapter
+from pipedit.models.wan.layout import WanLayout
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -27,25 +25,25 @@ class WanState:
 
 
 class WanDenoiseStage:
-    def __init__(self, adapter: "WanAdapter", device: str, experts: list[WanTransformer3DModel]) -> None:
-        self._adapter, self._device, self.experts = adapter, device, experts
+    def __init__(self, layout: WanLayout, device: str, experts: list[WanTransformer3DModel]) -> None:
+        self._layout, self._device, self.experts = layout, device, experts
 
     @classmethod
     def load(
-        cls, adapter: "WanAdapter", device: str, precision: Precision, layers: range | None = None
+        cls, layout: WanLayout, device: str, precision: Precision, layers: range | None = None
     ) -> "WanDenoiseStage":
-        names = ("transformer", "transformer_2") if adapter.has_two_experts else ("transformer",)
+        names = ("transformer", "transformer_2") if layout.has_two_experts else ("transformer",)
         experts = [
             load_module(
-                lambda name=name: WanTransformer3DModel.from_config(adapter.checkpoint.config(name)),  # type: ignore[misc]
-                adapter.checkpoint.weights(name),
+                lambda name=name: WanTransformer3DModel.from_config(layout.checkpoint.config(name)),  # type: ignore[misc]
+                layout.checkpoint.weights(name),
                 device=device,
                 dtype=getattr(torch, precision.transformer),
-                prefixes=adapter.layer_split().wanted(layers),
+                prefixes=layout.layer_split().wanted(layers),
             )
             for name in names
         ]
-        return cls(adapter, device, experts)
+        return cls(layout, device, experts)
 
     def compile_layers(self) -> None:
         for expert in self.experts:
@@ -54,7 +52,7 @@ class WanDenoiseStage:
     @torch.inference_mode()
     def begin(self, request: VideoRequest, conditioning: dict[str, torch.Tensor]) -> WanState:
         assert request.seed is not None
-        checkpoint, dtype = self._adapter.checkpoint, self.experts[0].dtype
+        checkpoint, dtype = self._layout.checkpoint, self.experts[0].dtype
         noise_scheduler = make_noise_scheduler(
             checkpoint.component_class("scheduler"), checkpoint.config("scheduler"), request.flow_shift
         )
@@ -64,7 +62,7 @@ class WanDenoiseStage:
             request=request,
             conditioning={name: tensor.to(self._device, dtype) for name, tensor in conditioning.items()},
             noise_scheduler=noise_scheduler,
-            latents=initial_noise(self._adapter.latent_shape(request), request.seed, self._device),
+            latents=initial_noise(self._layout.latent_shape(request), request.seed, self._device),
         )
 
     @torch.inference_mode()
@@ -84,7 +82,7 @@ class WanDenoiseStage:
 
     def _expert(self, state: WanState, time: torch.Tensor) -> tuple[WanTransformer3DModel, float]:
         """The expert for this noise level and its guidance scale."""
-        request, ratio = state.request, self._adapter.boundary_ratio
+        request, ratio = state.request, self._layout.boundary_ratio
         assert request.guidance_scale is not None
         if len(self.experts) == 1 or ratio is None:
             return self.experts[0], request.guidance_scale
@@ -95,7 +93,7 @@ class WanDenoiseStage:
 
     def _timestep(self, latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """[1], or [1, S] where every token has its own timestep (all equal in text-to-video)."""
-        if not self._adapter.expands_timesteps:
+        if not self._layout.expands_timesteps:
             return time.expand(1)
         _, rows, columns = self.experts[0].config.patch_size
         tokens = latents.shape[2] * (latents.shape[3] // rows) * (latents.shape[4] // columns)
