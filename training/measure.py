@@ -172,7 +172,9 @@ def measure_pair(frames: np.ndarray, colours: tuple[str, str], background: str) 
 
 def relation_of(first: Measurement, second: Measurement) -> str:
     """Where the first object is relative to the second: "above", "left of", or "other"."""
-    dx, dy = second.centre[0] - first.centre[0], second.centre[1] - first.centre[1]
-    if dy > max(abs(dx), 15.0):
-        return "above"
-    return "left of" if dx > max(abs(dy), 15.0) else "other"
+    apart = [b - a for a, b in zip(first.centre, second.centre, strict=True)]
+    across, along = (min(abs(d), world.SIZE - abs(d)) for d in apart)  # on the torus
+    # Objects stay in their lanes, which do not wrap, so that the sign can be read off as it is.
+    if along > max(across, 15.0):
+        return "above" if apart[1] > 0 else "other"
+    return "left of" if across > max(along, 15.0) and apart[0] > 0 else "other"
