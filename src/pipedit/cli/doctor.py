@@ -243,6 +243,7 @@ def _weight_checks(name: str, adapter: ModelAdapter) -> Iterator[Check]:
 def _memory_check(adapter: ModelAdapter) -> Check:
     """Whether the model's default video fits on the device that "auto" takes."""
     from pipedit.engine.intake import check_memory
+    from pipedit.plan.memory import Room
     from pipedit.worker.device import resolve_device
 
     device = resolve_device("auto")
@@ -254,7 +255,7 @@ def _memory_check(adapter: ModelAdapter) -> Check:
     except InsufficientMemoryError as error:
         found, _, advice = str(error).partition("; ")
         return Check(group="model", name="default size", status=FAIL, found=found, advice=advice)
-    needed = adapter.cost(request, precision).peak_bytes
+    needed = Room(available_bytes=0).needed(adapter.cost(request, precision))
     found = f"{size}: about {format_bytes(needed)} of memory, fits"
     return Check(group="model", name="default size", status=OK, found=found)
 

@@ -11,7 +11,7 @@ from pipedit.cli.render import STAGES, Result
 from pipedit.core.units import format_bytes, format_seconds
 
 _TRY_NEXT = (
-    'pipedit generate "a blue square grows on a yellow background" --num-frames 49 --trace trace.json',
+    'pipedit generate "a blue square grows on a white background" --num-frames 49 --trace trace.json',
     "pipedit models   # the large models that the same command runs",
 )
 

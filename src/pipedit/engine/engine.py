@@ -134,7 +134,7 @@ class Engine:
             self.device,
             self.precision,
             tiling=self.settings.vae_tiling,
-            weights_are_loaded=self._started,
+            is_loaded=self._started,
         )
         return [with_seed(request) for request in complete]
 

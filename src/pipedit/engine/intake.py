@@ -86,11 +86,11 @@ def check_memory(
     precision: Precision,
     *,
     tiling: bool = False,
-    weights_are_loaded: bool = False,
+    is_loaded: bool = False,
 ) -> None:
     """Raises InsufficientMemoryError, with what would fit, for completed requests that are too large for the device.
 
-    `tiling`: the VAE decodes in spatial tiles. `weights_are_loaded`: they are on the device already.
+    `tiling`: the VAE decodes in spatial tiles. `is_loaded`: libraries and weights are in memory already.
     """
 
     def cost(request: VideoRequest) -> RequestCost:
@@ -101,7 +101,7 @@ def check_memory(
 
     rules = adapter.size_rules
     ladder = SizeLadder(frame_step=rules.frame_step, size_multiple=rules.size_multiple)
-    room = Room(available_bytes=available_bytes(device), weights_are_loaded=weights_are_loaded)
+    room = Room(available_bytes=available_bytes(device), is_loaded=is_loaded)
     ways_out = {} if tiling else {"spatial tiling of the VAE (--vae-use-tiling, vae_tiling=True)": tiled_cost}
     problems = [memory_problem(request, cost, room, ladder, ways_out) for request in requests]
     if found := [text for text in dict.fromkeys(problems) if text is not None]:

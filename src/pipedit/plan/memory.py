@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from pipedit.core.request import VideoRequest
-from pipedit.core.units import format_bytes
+from pipedit.core.units import MIB, format_bytes
 from pipedit.plan.costs import RequestCost
 
-# Allocator fragmentation, kernel workspaces, the interpreter: what the formulas do not see.
+# Allocator fragmentation and kernel workspaces: what the formulas do not see.
 _MARGIN = 1.1
+# Interpreter and libraries on the CPU (measured: 0.45 GB for the smallest run), context and kernels on a GPU.
+RUNTIME_BYTES = 512 * MIB
 
 
 CostOf = Callable[[VideoRequest], RequestCost]
@@ -24,14 +26,15 @@ class SizeLadder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Room:
-    """Memory that is free, and whether the weights are already out of it (a second request on a loaded engine)."""
+    """Memory that is free, and whether libraries and weights are already out of it (a second request on an engine)."""
 
     available_bytes: int
-    weights_are_loaded: bool = False
+    is_loaded: bool = False
 
     def needed(self, cost: RequestCost) -> int:
-        loaded = cost.weight_bytes if self.weights_are_loaded else 0
-        return int((cost.peak_bytes - loaded) * _MARGIN)
+        if self.is_loaded:
+            return int((cost.peak_bytes - cost.weight_bytes) * _MARGIN)
+        return int(cost.peak_bytes * _MARGIN) + RUNTIME_BYTES
 
     def holds(self, cost: RequestCost) -> bool:
         return self.needed(cost) <= self.available_bytes
@@ -48,10 +51,10 @@ def memory_problem(
     text = (
         f"{request.num_frames} frames of {request.width}x{request.height} need about "
         f"{format_bytes(room.needed(cost))} of memory"
-        + ("" if room.weights_are_loaded else f" ({format_bytes(cost.weight_bytes)} of it weights)")
+        + ("" if room.is_loaded else f" ({format_bytes(cost.weight_bytes)} of it weights)")
         + f", {format_bytes(room.available_bytes)} are free"
     )
-    if not room.weights_are_loaded and cost.weight_bytes * _MARGIN > room.available_bytes:
+    if not room.is_loaded and cost.weight_bytes * _MARGIN + RUNTIME_BYTES > room.available_bytes:
         return f"{text}; the weights alone do not fit: take a smaller model, or bfloat16 instead of float32"
     offers = [way for way, other_cost in ways_out.items() if room.holds(other_cost(request))]
     offers += _smaller(request, lambda r: room.holds(cost_of(r)), ladder)
