@@ -1,5 +1,6 @@
 """The engine over the simulated executor: order, checks, cancel, failure; then once over a real tiny model."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,88 @@ def test_failure_of_one_request_is_an_update_and_others_go_on(simulated: Callabl
         engine.submit(request)
     ends = [u for u in engine.updates() if isinstance(u, (Finished, Failed))]
     assert [type(u).__name__ for u in ends] == ["Failed", "Finished"]
+
+
+def test_two_iterators_on_one_engine_do_not_take_from_each_other(simulated: Callable[..., Any]) -> None:
+    engine, _ = simulated()
+    stream = engine.stream("first", **SETTINGS)
+    shown = [next(stream)]
+    (second,) = engine.generate("second", **SETTINGS)
+    assert second.frames.shape == (9, 32, 48, 3)
+    shown += stream
+    assert np.concatenate(shown).shape == (9, 32, 48, 3)
+
+
+def test_generate_inside_the_loop_of_generate(simulated: Callable[..., Any]) -> None:
+    engine, _ = simulated()
+    seen = []
+    for video in engine.generate(["a", "b"], **SETTINGS):
+        (inner,) = engine.generate(f"inside {video.request.prompt}", **SETTINGS)
+        seen += [video.request.prompt, inner.request.prompt]
+    assert seen == ["a", "inside a", "b", "inside b"]
+
+
+def test_updates_leave_the_videos_of_iterators_alone(simulated: Callable[..., Any]) -> None:
+    engine, _ = simulated()
+    videos = engine.generate(["a", "b"], **SETTINGS)
+    first = next(videos)
+    (request,) = engine.prepare([pipedit.VideoRequest(prompt="c", **SETTINGS)])
+    request_id = engine.submit(request)
+    assert {update.request_id for update in engine.updates()} == {request_id}
+    assert [first.request.prompt, *(video.request.prompt for video in videos)] == ["a", "b"]
+
+
+def test_a_closed_engine_says_so(simulated: Callable[..., Any]) -> None:
+    engine, _ = simulated()
+    videos = engine.generate(["a", "b"], **SETTINGS)
+    next(videos)
+    engine.close()
+    with pytest.raises(pipedit.PipeditError, match="closed"):
+        next(videos)
+    with pytest.raises(pipedit.PipeditError, match="closed"):
+        list(engine.generate("c", **SETTINGS))
+    engine.close()
+
+
+def test_an_abandoned_iterator_keeps_nothing_in_the_worker(tiny_folder: Callable[[str], Path]) -> None:
+    with Engine(tiny_folder("wan"), device="cpu") as engine:
+        next(engine.generate("x", **tiny_pipelines.QUICK_SETTINGS["wan"]))
+        assert engine._executor._worker._held == {}  # type: ignore[union-attr]
+
+
+def test_errors_come_in_the_order_of_prompts(simulated: Callable[..., Any]) -> None:
+    def failing(command: messages.Command) -> None:
+        if command.request_id == "request-2":
+            raise RuntimeError("no luck")
+
+    engine, _ = simulated(failing=failing)
+    videos = engine.generate(["a", "b", "c"], **SETTINGS)
+    assert next(videos).request.prompt == "a"
+    with pytest.raises(RuntimeError, match="no luck"):
+        next(videos)
+
+
+def test_a_kept_error_keeps_no_tensors(tiny_folder: Callable[[str], Path]) -> None:
+    kept: list[weakref.ref[Any]] = []
+
+    def fail(*_: Any) -> None:
+        large = np.zeros(10)
+        kept.append(weakref.ref(large))
+        raise RuntimeError("no luck")
+
+    with Engine(tiny_folder("wan"), device="cpu") as engine:
+        engine.start()
+        engine._executor._worker._denoise.step = fail  # type: ignore[union-attr]
+        with pytest.raises(pipedit.WorkerError, match="no luck") as caught:
+            list(engine.generate("x", **tiny_pipelines.QUICK_SETTINGS["wan"]))
+        assert kept[0]() is None
+        assert caught.value.rank == 0
+
+
+def test_settings_beside_a_whole_request_are_refused(simulated: Callable[..., Any]) -> None:
+    engine, _ = simulated()
+    with pytest.raises(pipedit.InvalidRequestError, match="seed cannot change a VideoRequest"):
+        engine.generate(pipedit.VideoRequest(prompt="x", **SETTINGS), seed=5)
 
 
 def test_impossible_settings_are_refused_when_the_engine_is_made() -> None:

@@ -1,9 +1,10 @@
-"""The Engine: takes requests, drives the request scheduler and an executor, hands out progress and frames.
+"""The Engine: takes requests, has them driven, hands out progress, frames and videos.
 
-It owns the order of things, the spans and what people see. It does not know how a stage works or where ranks live.
+It owns what people see of a run. It does not know how a stage works, where ranks live, or in which order work is done.
 """
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
@@ -13,38 +14,25 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipedit.core import messages
-from pipedit.core.errors import CancelledError, InvalidRequestError
-from pipedit.core.placement import Placement, Role
+from pipedit.core.errors import CancelledError, InvalidRequestError, PipeditError
+from pipedit.core.placement import Placement
 from pipedit.core.request import VideoRequest
-from pipedit.core.spans import Span
 from pipedit.core.version import __version__
+from pipedit.engine.driver import Driver
 from pipedit.engine.intake import check_memory, complete_requests, make_requests, request_problems, with_seed
 from pipedit.engine.settings import EngineSettings, open_adapter
-from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Progress, Update
+from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Update
 from pipedit.engine.video import Video
 from pipedit.executor.base import Executor
 from pipedit.media import VideoMetadata
 from pipedit.models.adapter import Precision
 from pipedit.models.registry import EMBEDDED, fetch_weights
-from pipedit.plan.scheduler import Phase, RequestScheduler, Work
+from pipedit.plan.scheduler import Work
 from pipedit.plan.timeline import Timeline
 from pipedit.worker.device import resolve_device
 
 START_TIMEOUT_S = 1800.0
-RECEIVE_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 10.0
-MAX_SPANS = 200_000  # about 100 MiB; an engine that serves for weeks keeps the newest ones
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Running:
-    """A request under way: how many frames were handed out, and seconds spent by kind of work."""
-
-    request: VideoRequest
-    work: Work
-    frames_out: int = 0
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
@@ -78,13 +66,10 @@ class Engine:
             compile_layers=compile_layers,
         )
         self.adapter = open_adapter(self.settings)
-        self._executor, self._started = executor, False
-        self._placement = Placement.colocated(num_workers)
-        self._scheduler = RequestScheduler(self._placement)
-        self._running: dict[str, _Running] = {}
+        self._executor, self._started, self._closed = executor, False, False
+        self._driver = Driver(Placement.colocated(num_workers))
         self._ids = (f"request-{number}" for number in itertools.count(1))
-        self._to_cancel: collections.deque[str] = collections.deque()  # filled by any thread, emptied by the driver
-        self._spans: collections.deque[Span] = collections.deque(maxlen=MAX_SPANS)
+        self._owned: set[str] = set()  # requests whose updates belong to an iterator of `generate` or `stream`
 
     # -- for people ---------------------------------------------------------------------------------------------
 
@@ -103,12 +88,10 @@ class Engine:
         return self._stream(*self.prepare(make_requests(prompt, settings)))
 
     def close(self) -> None:
-        """Stops the workers and frees their memory. Requests under way are dropped."""
+        """Stops the workers and frees their memory. Requests under way are dropped; the engine cannot be used again."""
         if self._executor is not None and self._started:
             self._executor.stop(STOP_TIMEOUT_S)
-        self._executor, self._started = None, False
-        self._scheduler = RequestScheduler(self._placement)
-        self._running.clear()
+        self._executor, self._started, self._closed = None, False, True
 
     def __enter__(self) -> Self:
         return self
@@ -141,15 +124,15 @@ class Engine:
     def submit(self, request: VideoRequest) -> str:
         """Queues a prepared request and returns its id; `updates` does the work."""
         assert request.num_inference_steps is not None and request.seed is not None, "prepare the request first"
+        self._check_open()
         request_id = next(self._ids)
         work = Work(num_steps=request.num_inference_steps, num_chunks=self.adapter.num_decode_chunks(request))
-        self._scheduler.submit(request_id, request, work)
-        self._running[request_id] = _Running(request=request, work=work)
+        self._driver.submit(request_id, request, work)
         return request_id
 
     def cancel(self, request_id: str) -> None:
         """Stops the request within one step; its last update is then Cancelled. Any thread may call it."""
-        self._to_cancel.append(request_id)
+        self._driver.cancel(request_id)
 
     def fetch(self) -> None:
         """Makes sure that the weights are on disk, downloads what a hub model lacks. `start` does it too."""
@@ -158,33 +141,31 @@ class Engine:
 
     def start(self) -> None:
         """Loads the model now rather than at the first request."""
+        self._check_open()
         if self._started:
             return
         self.fetch()
         self._executor = self._executor or self._make_executor()
-        self._spans += self._executor.start(START_TIMEOUT_S)
+        self._driver.spans += self._executor.start(START_TIMEOUT_S)
         self._started = True
 
     def updates(self) -> Iterator[Update]:
-        """Works until every submitted request is over, and tells about it on the way."""
+        """Works until every request that was submitted here is over, and tells about it on the way. Videos of
+        `generate` and `stream` are worked on too, but their updates belong to those iterators."""
         self.start()
-        executor = self._executor
-        assert executor is not None
         while True:
-            while self._to_cancel:
-                self._scheduler.cancel(self._to_cancel.popleft())
-            yield from self._endings()
-            for command in self._scheduler.next_commands():
-                executor.send(command)
-            if self._scheduler.is_idle:
+            ids = self._driver.mentioned - self._owned
+            if (update := self._driver.next_news(ids)) is not None:
+                yield update
+            elif ids:
+                self._turn()
+            else:
                 return
-            for event in executor.receive(RECEIVE_TIMEOUT_S):
-                yield from self._take(event)
 
     def timeline(self) -> Timeline:
-        """What ran so far (the newest MAX_SPANS pieces of work), as spans on the run's clock."""
+        """What ran so far (the newest pieces of work, if there are very many), as spans on the run's clock."""
         return Timeline(
-            spans=tuple(self._spans), metadata={"model": self.settings.model, "pipedit_version": __version__}
+            spans=tuple(self._driver.spans), metadata={"model": self.settings.model, "pipedit_version": __version__}
         )
 
     def metadata(self, request: VideoRequest) -> VideoMetadata:
@@ -216,36 +197,64 @@ class Engine:
     def _collect(self, requests: Sequence[VideoRequest]) -> Iterator[Video]:
         ids = [self.submit(request) for request in requests]
         parts: dict[str, list[np.ndarray[Any, np.dtype[np.uint8]]]] = {request_id: [] for request_id in ids}
-        ready: dict[str, Video] = {}
-        try:
-            for update in self.updates():
-                _raise_if_over(update, ids)
-                if isinstance(update, Frames) and update.request_id in parts:
-                    parts[update.request_id].append(update.frames)
-                elif isinstance(update, Finished) and update.request_id in parts:
-                    ready[update.request_id] = self._video(update, parts.pop(update.request_id))
-                while ids and ids[0] in ready:
-                    yield ready.pop(ids.pop(0))
-        finally:
-            self._drop(ids)
+        ready: dict[str, Video | Exception] = {}
+        waiting = collections.deque(ids)
+        with self._owning(ids):
+            for update in self._updates_of(ids):
+                match update:
+                    case Frames():
+                        parts[update.request_id].append(update.frames)
+                    case Finished():
+                        ready[update.request_id] = self._video(update, parts.pop(update.request_id))
+                    case Failed() | Cancelled():
+                        ready[update.request_id] = _error_of(update)
+                while waiting and waiting[0] in ready:
+                    result = ready.pop(waiting.popleft())
+                    if isinstance(result, Exception):
+                        raise result
+                    yield result
 
     def _stream(self, request: VideoRequest) -> Iterator["np.ndarray[Any, np.dtype[np.uint8]]"]:
         request_id = self.submit(request)
-        try:
-            for update in self.updates():
-                _raise_if_over(update, [request_id])
-                if isinstance(update, Frames) and update.request_id == request_id:
-                    yield update.frames
-        finally:
-            self._drop([request_id])
+        with self._owning([request_id]):
+            for update in self._updates_of([request_id]):
+                match update:
+                    case Frames():
+                        yield update.frames
+                    case Failed() | Cancelled():
+                        raise _error_of(update)
 
-    def _drop(self, ids: Sequence[str]) -> None:
-        """Cancels what the caller no longer waits for, so that nothing is left queued for the next call."""
-        left = [request_id for request_id in ids if request_id in self._running]
-        for request_id in left:
-            self.cancel(request_id)
-        if left and self._started:
-            collections.deque(self.updates(), maxlen=0)
+    @contextlib.contextmanager
+    def _owning(self, ids: Sequence[str]) -> Iterator[None]:
+        """Inside, updates of these requests belong to the caller. On leaving, whatever of them is not over is
+        cancelled, so that nothing is left queued when an iterator is abandoned or a request has failed."""
+        self._owned.update(ids)
+        try:
+            yield
+        finally:
+            if self._executor is not None and self._started:
+                self._driver.drop(ids, self._executor)
+            self._owned.difference_update(ids)
+
+    def _updates_of(self, ids: Sequence[str]) -> Iterator[Update]:
+        """Updates of these requests until all of them are over."""
+        self.start()
+        while True:
+            if (update := self._driver.next_news(ids)) is not None:
+                yield update
+            elif any(self._driver.is_under_way(request_id) for request_id in ids):
+                self._turn()
+            else:
+                return
+
+    def _turn(self) -> None:
+        self._check_open()
+        assert self._executor is not None
+        self._driver.turn(self._executor)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PipeditError("this engine is closed; make a new one")
 
     def _video(self, update: Finished, parts: Sequence["np.ndarray[Any, np.dtype[np.uint8]]"]) -> Video:
         return Video(
@@ -254,45 +263,6 @@ class Engine:
             metadata=self.metadata(update.request),
             seconds=update.seconds,
         )
-
-    def _take(self, event: messages.Event) -> Iterator[Update]:
-        self._spans += event.spans
-        self._scheduler.receive(event)
-        running = self._running.get(event.request_id)
-        if running is None:
-            return
-        for span in event.spans:
-            running.seconds[span.what] = running.seconds.get(span.what, 0.0) + span.duration_s
-        match event:
-            case messages.Encoded() if self._leads(event, Role.ENCODER):
-                yield Progress(request_id=event.request_id, stage="encode", done=1, total=1)
-            case messages.StepDone() if self._leads(event, Role.DENOISER):
-                total = running.work.num_steps
-                yield Progress(request_id=event.request_id, stage="denoise", done=event.step + 1, total=total)
-            case messages.ChunkDecoded() if event.frames is not None:
-                yield Frames(request_id=event.request_id, first=running.frames_out, frames=event.frames)
-                running.frames_out += len(event.frames)
-                total = running.work.num_chunks
-                yield Progress(request_id=event.request_id, stage="decode", done=event.chunk + 1, total=total)
-
-    def _leads(self, event: messages.Event, role: Role) -> bool:
-        return event.rank == self._placement.ranks(role)[0]
-
-    def _endings(self) -> Iterator[Update]:
-        """Last updates of requests that ended since the last call."""
-        for request_id, running in list(self._running.items()):
-            job = self._scheduler.job(request_id)
-            if not job.is_over:
-                continue
-            del self._running[request_id]
-            self._scheduler.forget(request_id)
-            if job.phase is Phase.DONE:
-                yield Finished(request_id=request_id, request=running.request, seconds=running.seconds)
-            elif job.phase is Phase.CANCELLED:
-                yield Cancelled(request_id=request_id)
-            else:
-                assert job.failure is not None
-                yield Failed(request_id=request_id, error=job.failure.error)
 
     def _make_executor(self) -> Executor:
         # Imported here: the worker needs torch, and wrong input should be refused before that is loaded.
@@ -308,9 +278,7 @@ class Engine:
         return InProcessExecutor(Worker(self.adapter, settings))
 
 
-def _raise_if_over(update: Update, ids: Sequence[str]) -> None:
-    if update.request_id in ids:
-        if isinstance(update, Failed):
-            raise update.error
-        if isinstance(update, Cancelled):
-            raise CancelledError(f"{update.request_id} was cancelled")
+def _error_of(update: Failed | Cancelled) -> Exception:
+    if isinstance(update, Failed):
+        return update.error
+    return CancelledError(f"{update.request_id} was cancelled")

@@ -1,6 +1,7 @@
 """One rank in the caller's own process and thread: the simplest executor, and the one for a laptop."""
 
 import collections
+import traceback
 from collections.abc import Sequence
 
 from pipedit.core import messages
@@ -56,7 +57,12 @@ class InProcessExecutor:
 
 def _failed(command: Command, error: Exception) -> CommandFailed:
     doing = _DOING[type(command)]
+    # Whoever keeps the error must not keep the tensors of the stage that failed.
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
     if not isinstance(error, PipeditError):
-        cause, error = error, WorkerError(f"{type(error).__name__}: {error}", rank=0, doing=doing)
-        error.__cause__ = cause
+        original, error = error, WorkerError(f"{type(error).__name__}: {error}", rank=0, doing=doing)
+        error.__cause__ = original
     return CommandFailed(request_id=command.request_id, rank=0, doing=doing, error=error)

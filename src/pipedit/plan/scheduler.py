@@ -123,6 +123,10 @@ class RequestScheduler:
         assert self._jobs[request_id].is_over
         del self._jobs[request_id]
 
+    def is_held(self, request_id: str) -> bool:
+        """Whether some rank still works on the request or has to forget it."""
+        return request_id in self._busy.values() or any(held == request_id for _, held in self._to_release)
+
     @property
     def is_idle(self) -> bool:
         """No request is under way and no rank owes an answer."""

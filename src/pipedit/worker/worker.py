@@ -3,9 +3,10 @@
 Knows nothing of other requests' order, of time limits, or of how commands reach it.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -61,6 +62,10 @@ class Worker:
 
     def load(self) -> tuple[Span, ...]:
         """Loads the stages of the worker's roles; one span for each."""
+        with _naming_lack_of_memory(self._settings.device):
+            return self._load()
+
+    def _load(self) -> tuple[Span, ...]:
         device, precision = self._settings.device, self._settings.precision
         spans = []
         if Role.ENCODER in self._roles:
@@ -81,13 +86,8 @@ class Worker:
 
     def handle(self, command: messages.Command) -> messages.Event:
         """Runs one command. Errors of the work itself raise; the executor turns them into CommandFailed."""
-        try:
+        with _naming_lack_of_memory(self._settings.device):
             return self._run(command)
-        except torch.OutOfMemoryError as error:
-            raise InsufficientMemoryError(
-                f"{self._settings.device} ran out of memory: take fewer frames, a smaller picture, "
-                "or spatial tiling of the VAE"
-            ) from error
 
     def _run(self, command: messages.Command) -> messages.Event:
         match command:
@@ -151,3 +151,18 @@ class Worker:
             end_s=self._clock(),
             index=index,
         )
+
+
+@contextlib.contextmanager
+def _naming_lack_of_memory(device: str) -> Iterator[None]:
+    """Turns the several ways in which an allocation fails into one error that says what to do."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # The CPU allocator raises a plain RuntimeError, which only its text tells from others.
+        is_memory = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
+        if not is_memory and "can't allocate memory" not in str(error):
+            raise
+        raise InsufficientMemoryError(
+            f"{device} ran out of memory: take fewer frames, a smaller picture, or spatial tiling of the VAE"
+        ) from error

@@ -1,0 +1,139 @@
+"""Drives the request scheduler and an executor, one exchange at a time, and keeps what happens until it is asked for.
+
+Several iterators may be open on one engine: whoever waits turns the crank for everybody, and each takes only the news
+of its own requests. Knows nothing of prompts, models or files.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Collection, Iterable
+
+from pipedit.core import messages
+from pipedit.core.errors import PipeditError
+from pipedit.core.placement import Placement, Role
+from pipedit.core.request import VideoRequest
+from pipedit.core.spans import Span
+from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Progress, Update
+from pipedit.executor.base import Executor
+from pipedit.plan.scheduler import Phase, RequestScheduler, Work
+
+RECEIVE_TIMEOUT_S = 5.0
+MAX_SPANS = 200_000  # about 100 MiB; an engine that serves for weeks keeps the newest ones
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Running:
+    """A request under way: how many frames were handed out, and seconds spent by kind of work."""
+
+    request: VideoRequest
+    work: Work
+    frames_out: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Driver:
+    """One thread calls it; only `cancel` may be called from another."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+        self._scheduler = RequestScheduler(placement)
+        self._running: dict[str, _Running] = {}
+        self._news: collections.deque[Update] = collections.deque()
+        self._to_cancel: collections.deque[str] = collections.deque()  # filled by any thread, emptied by `turn`
+        self._is_turning = False
+        self.spans: collections.deque[Span] = collections.deque(maxlen=MAX_SPANS)
+
+    def submit(self, request_id: str, request: VideoRequest, work: Work) -> None:
+        self._scheduler.submit(request_id, request, work)
+        self._running[request_id] = _Running(request=request, work=work)
+
+    def cancel(self, request_id: str) -> None:
+        self._to_cancel.append(request_id)
+
+    def is_under_way(self, request_id: str) -> bool:
+        return request_id in self._running
+
+    @property
+    def mentioned(self) -> set[str]:
+        """Requests that are under way or of which there is news."""
+        return {*self._running, *(update.request_id for update in self._news)}
+
+    def next_news(self, request_ids: Collection[str]) -> Update | None:
+        """The oldest update of any of these requests that was not taken yet."""
+        for index, update in enumerate(self._news):
+            if update.request_id in request_ids:
+                del self._news[index]
+                return update
+        return None
+
+    def turn(self, executor: Executor) -> None:
+        """Sends what can be sent, and waits for one answer if any is owed. Raises PipeditError if two threads turn."""
+        if self._is_turning:
+            raise PipeditError("another thread is using this engine; an engine works for one thread at a time")
+        self._is_turning = True
+        try:
+            while self._to_cancel:
+                self._scheduler.cancel(self._to_cancel.popleft())
+            self._note_endings()
+            for command in self._scheduler.next_commands():
+                executor.send(command)
+            if not self._scheduler.is_idle:
+                for event in executor.receive(RECEIVE_TIMEOUT_S):
+                    self._note(event)
+            self._note_endings()
+        finally:
+            self._is_turning = False
+
+    def drop(self, request_ids: Iterable[str], executor: Executor) -> None:
+        """Cancels what nobody waits for any more, and lets the workers forget it."""
+        ids = set(request_ids)
+        for request_id in ids & self._running.keys():
+            self.cancel(request_id)
+        while ids & self._running.keys() or any(self._scheduler.is_held(request_id) for request_id in ids):
+            self.turn(executor)
+        self._news = collections.deque(update for update in self._news if update.request_id not in ids)
+
+    def _note(self, event: messages.Event) -> None:
+        self.spans += event.spans
+        self._scheduler.receive(event)
+        running = self._running.get(event.request_id)
+        if running is None:
+            return
+        for span in event.spans:
+            running.seconds[span.what] = running.seconds.get(span.what, 0.0) + span.duration_s
+        match event:
+            case messages.Encoded() if self._leads(event, Role.ENCODER):
+                self._progress(event, "encode", 1, 1)
+            case messages.StepDone() if self._leads(event, Role.DENOISER):
+                self._progress(event, "denoise", event.step + 1, running.work.num_steps)
+            case messages.ChunkDecoded() if event.frames is not None:
+                frames = Frames(request_id=event.request_id, first=running.frames_out, frames=event.frames)
+                self._news.append(frames)
+                running.frames_out += len(event.frames)
+                self._progress(event, "decode", event.chunk + 1, running.work.num_chunks)
+
+    def _progress(self, event: messages.Event, stage: str, done: int, total: int) -> None:
+        self._news.append(Progress(request_id=event.request_id, stage=stage, done=done, total=total))
+
+    def _leads(self, event: messages.Event, role: Role) -> bool:
+        return event.rank == self._placement.ranks(role)[0]
+
+    def _note_endings(self) -> None:
+        """Last news of requests that have ended."""
+        for request_id, running in list(self._running.items()):
+            job = self._scheduler.job(request_id)
+            if job.is_over:
+                del self._running[request_id]
+                self._scheduler.forget(request_id)
+                self._news.append(_ending(request_id, running, job.phase, job.failure))
+
+
+def _ending(
+    request_id: str, running: _Running, phase: Phase, failure: messages.CommandFailed | None
+) -> Finished | Cancelled | Failed:
+    if phase is Phase.DONE:
+        return Finished(request_id=request_id, request=running.request, seconds=running.seconds)
+    if phase is Phase.CANCELLED:
+        return Cancelled(request_id=request_id)
+    assert failure is not None
+    return Failed(request_id=request_id, error=failure.error)
