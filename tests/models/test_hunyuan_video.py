@@ -298,8 +298,27 @@ def test_tile_sizes_are_those_of_diffusers(adapter: HunyuanVideoAdapter) -> None
         assert getattr(vae, f"tile_sample_stride_{side}") == tiles.PICTURE.stride
 
 
+def all_tiles(num_latent_frames: int) -> list[tiles.TemporalTile]:
+    return [
+        tiles.temporal_tile(num_latent_frames, 4, index)
+        for index in range(tiles.num_temporal_tiles(num_latent_frames, 4))
+    ]
+
+
+@pytest.mark.parametrize("count", range(1, 30))
+def test_there_are_three_kinds_of_tile(count: int) -> None:
+    def size(tile: tiles.TemporalTile) -> tuple[int, int]:
+        return len(tile.latents), tile.num_frames
+
+    first, middle, last = tiles.kinds_of_tile(count, 4)
+    found = all_tiles(count)
+    assert (found[0], found[-1]) == (first, last)
+    assert found[-1].latents.stop == count
+    assert {size(tile) for tile in found[1:-1]} <= {size(middle)}
+
+
 def test_published_length_falls_into_eleven_tiles() -> None:
-    found = tiles.temporal_tiles(33, 4)
+    found = all_tiles(33)
     assert len(found) == 11
     assert [tile.num_frames for tile in found] == [13, *[12] * 9, 8]
     assert found[1].latents == range(3, 8)
@@ -307,7 +326,7 @@ def test_published_length_falls_into_eleven_tiles() -> None:
 
 @pytest.mark.parametrize("count", range(1, 60))
 def test_tiles_give_every_frame_once(count: int) -> None:
-    assert sum(tile.num_frames for tile in tiles.temporal_tiles(count, 4)) == 4 * (count - 1) + 1
+    assert sum(tile.num_frames for tile in all_tiles(count)) == 4 * (count - 1) + 1
 
 
 def test_memory_does_not_grow_with_the_video(adapter: HunyuanVideoAdapter) -> None:

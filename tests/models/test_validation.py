@@ -1,10 +1,12 @@
 """Checks of requests against a model: all problems, in the user's words, and nothing that is fine."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipedit.core.request import VideoRequest
@@ -16,7 +18,7 @@ from pipedit.models.validation import check_request
 def problems_of(tiny_folder: Callable[[str], Path]) -> Callable[..., list[str]]:
     def check(kind: str = "wan", **settings: Any) -> list[str]:
         adapter = open_model(str(tiny_folder(kind)))
-        request = VideoRequest(**{"prompt": "a red ball", **settings}).complete(adapter.defaults)
+        request = adapter.complete(VideoRequest(**{"prompt": "a red ball", **settings}))
         return check_request(request, adapter)
 
     return check
@@ -43,7 +45,19 @@ def test_a_good_request_has_no_problems(problems_of: Callable[..., list[str]]) -
         ({"guidance_scale": -1.0}, "at least 0"),
         ({"guidance_scale": float("inf")}, "at least 0"),
         ({"flow_shift": 0.0}, "above 0"),
-        ({"fps": -1}, "above 0"),
+        ({"fps": -1}, "between 0.01 and 1000"),
+        ({"fps": 0.001}, "between 0.01 and 1000"),
+        ({"fps": float("nan")}, "between 0.01 and 1000"),
+        ({"fps": 1001}, "between 0.01 and 1000"),
+        ({"guidance_scale": float("nan")}, "at least 0"),
+        ({"guidance_scale": 10**400}, "too large"),
+        ({"num_inference_steps": 10**5000}, "too large"),
+        ({"num_inference_steps": 1001}, "noise levels: 1000"),
+        ({"seed": 10**5000}, "between 0 and"),
+        ({"prompt": None}, "prompt is missing"),
+        ({"prompt": "a \ud83d ball"}, "half a character"),
+        ({"negative_prompt": "\udc80"}, "half a character"),
+        ({"negative_prompt": "blue", "guidance_scale": 1.0}, "no effect"),
         ({"seed": -1}, "between 0 and"),
         ({"seed": 2**63}, "between 0 and"),
         ({"prompt": " \n"}, "empty"),
@@ -87,3 +101,45 @@ def test_true_cfg_needs_a_negative_prompt(problems_of: Callable[..., list[str]])
 def test_every_field_of_the_request_is_checked_for_its_type() -> None:
     kinds = {field.name: str(field.type) for field in dataclasses.fields(VideoRequest)}
     assert all(any(kind in text for kind in ("int", "float", "str")) for text in kinds.values())
+
+
+def test_numbers_of_other_libraries_are_numbers(tiny_folder: Callable[[str], Path]) -> None:
+    adapter = open_model(str(tiny_folder("wan")))
+    settings: dict[str, Any] = {"num_frames": np.int64(5), "fps": np.float32(8), "seed": np.uint32(3)}
+    asked = VideoRequest(prompt="a red ball", guidance_scale=np.float64(2.5), **settings)
+    assert check_request(asked, adapter) == []
+    request = adapter.complete(asked)
+    assert json.loads(json.dumps(request.settings()))["num_frames"] == 5
+    assert {type(value) for value in request.settings().values()} <= {int, float, str}
+    assert "num_frames=np.True_ should be int" in check_request(VideoRequest(prompt="x", num_frames=np.True_), adapter)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "has_effect"), [({}, True), ({"use_flow_sigmas": False}, False), ({"use_karras_sigmas": True}, False)]
+)
+def test_a_shift_that_the_noise_scheduler_ignores_is_a_problem(
+    changes: dict[str, bool], has_effect: bool, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for item in tiny_folder("wan").iterdir():
+        (tmp_path / item.name).symlink_to(item)
+    config = open_model(str(tmp_path)).checkpoint.config("scheduler")
+    (tmp_path / "scheduler").unlink()
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, **changes}))
+    adapter = open_model(str(tmp_path))
+    found = check_request(adapter.complete(VideoRequest(prompt="a red ball", flow_shift=7.0)), adapter)
+    assert [("flow_shift=7.0 has no effect" in problem) for problem in found] == ([] if has_effect else [True])
+    assert check_request(adapter.complete(VideoRequest(prompt="a red ball")), adapter) == []
+
+
+def test_guidance_of_two_experts_follows_the_one_given(tiny_folder: Callable[[str], Path]) -> None:
+    adapter = open_model(str(tiny_folder("wan22")))
+
+    def scales(**settings: Any) -> tuple[float | None, float | None]:
+        request = adapter.complete(VideoRequest(prompt="a red ball", **settings))
+        return request.guidance_scale, request.guidance_scale_2
+
+    assert scales() == (4.0, 3.0)
+    assert scales(guidance_scale=6.0) == (6.0, 6.0)
+    assert scales(guidance_scale_2=2.0) == (4.0, 2.0)
+    assert scales(guidance_scale=6.0, guidance_scale_2=2.0) == (6.0, 2.0)

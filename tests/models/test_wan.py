@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipedit.core.errors import CheckpointError
+from pipedit.core.errors import CheckpointError, NonFiniteError
 from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import ModelAdapter
 from pipedit.models.pixels import to_frames
@@ -67,6 +67,28 @@ def test_second_guidance_scale_reaches_the_second_expert(tiny_folder: Callable[[
     assert_close(run_stages(adapter, request), theirs)
     with pytest.raises(AssertionError):
         assert_close(run_stages(adapter, dataclasses.replace(request, guidance_scale_2=4.0)), theirs)
+
+
+def test_a_guidance_scale_alone_is_for_both_experts_as_in_diffusers(tiny_folder: Callable[[str], Path]) -> None:
+    adapter = open_model(str(tiny_folder("wan22")))
+    request = make_request(adapter, "wan22", guidance_scale=6.0, guidance_scale_2=None)
+    theirs = run_reference(tiny_folder("wan22"), dataclasses.replace(request, guidance_scale_2=None))
+    assert_close(run_stages(adapter, request), theirs)
+    with pytest.raises(AssertionError):
+        assert_close(run_stages(adapter, dataclasses.replace(request, guidance_scale_2=3.0)), theirs)
+
+
+@pytest.mark.parametrize("kind", ["wan", "hunyuan"])
+def test_latents_that_are_no_numbers_are_an_error(kind: str, tiny_folder: Callable[[str], Path]) -> None:
+    adapter = open_model(str(tiny_folder(kind)))
+    request = make_request(adapter, kind, num_frames=1)
+    stage = adapter.load_decode_stage("cpu", adapter.default_precision("cpu"))
+    latents = random_latents(adapter, request)
+    stage.begin(request, latents)
+    for value in (float("nan"), float("inf")):
+        latents[0, 0, 0, 0, 0] = value
+        with pytest.raises(NonFiniteError, match="float32 or bfloat16"):
+            stage.begin(request, latents)
 
 
 @pytest.mark.parametrize("kind", ["wan", "wan_ti2v"])
@@ -135,6 +157,16 @@ def test_bfloat16_keeps_what_diffusers_keeps_in_float32(tiny_folder: Callable[[s
     ours = {name: p.dtype for name, p in expert.named_parameters()}
     assert ours == {name: p.dtype for name, p in theirs.named_parameters()}
     assert set(ours.values()) == {torch.float32, torch.bfloat16}
+
+
+def test_the_transformer_is_fed_in_the_precision_asked_for(tiny_folder: Callable[[str], Path]) -> None:
+    """Whichever layers were loaded: the last ones hold more parameters that stay in float32."""
+    adapter = open_model(str(tiny_folder("wan")))
+    request = make_request(adapter, "wan")
+    for layers in (None, range(2, 3)):
+        stage = load_denoise(adapter, layers, transformer="bfloat16")
+        state = stage.begin(request, {"prompt": torch.zeros(1, 4, 32)})
+        assert (state.conditioning["prompt"].dtype, state.latents.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_refuses_pickled_and_mismatched_weights(tmp_path: Path) -> None:

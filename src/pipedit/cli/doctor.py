@@ -248,7 +248,7 @@ def _memory_check(adapter: ModelAdapter) -> Check:
 
     device = resolve_device("auto")
     precision = adapter.default_precision(device.partition(":")[0])
-    request = VideoRequest(prompt="").complete(adapter.defaults)
+    request = adapter.complete(VideoRequest(prompt=""))
     size = f"{request.num_frames} frames of {request.width}x{request.height} on {device}"
     try:
         check_memory([request], adapter, device, precision)

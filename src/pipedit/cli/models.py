@@ -83,7 +83,7 @@ def inspect_model(model: KnownModel) -> ModelState:
 
 def count_parameters(adapter: ModelAdapter) -> dict[str, int]:
     """From the cost profile, so from configs alone."""
-    request = VideoRequest(prompt="").complete(adapter.defaults)
+    request = adapter.complete(VideoRequest(prompt=""))
     return {name: part.weights // _SINGLE_BYTES for name, part in adapter.cost(request, _SINGLE).parts.items()}
 
 

@@ -4,6 +4,7 @@ PipeditError
 ├── InvalidRequestError (also ValueError)   the input is wrong; lists every problem at once (CLI exit 2, HTTP 4xx)
 ├── CheckpointError                         files of a model are missing, broken or of a refused kind
 ├── InsufficientMemoryError                 the work does not fit; says what would
+├── NonFiniteError                          the model computed infinities or no numbers at all
 ├── CancelledError                          somebody cancelled the request
 └── WorkerError                             a worker failed; carries its rank and what it was doing
 """
@@ -29,6 +30,10 @@ class CheckpointError(PipeditError):
 
 class InsufficientMemoryError(PipeditError):
     """The work does not fit into memory. The message says how much is missing and what would fit."""
+
+
+class NonFiniteError(PipeditError):
+    """The model computed values that are infinite or not a number. The message says what to try."""
 
 
 class CancelledError(PipeditError):

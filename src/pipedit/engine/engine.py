@@ -43,7 +43,8 @@ class Engine:
             video.save(f"{video.request.seed}.mp4")
 
     The constructor reads the model's config files and raises InvalidRequestError, with every problem, for settings
-    that cannot work here. One thread drives it; only `cancel` may be called from another.
+    that cannot work here. One thread drives it; `cancel` may be called from another. Several iterators
+    may be open at a time: the oldest request is worked on first, whoever waits.
     """
 
     def __init__(

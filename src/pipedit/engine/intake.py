@@ -36,6 +36,9 @@ def make_requests(
     if unknown := unknown_settings(settings):
         raise InvalidRequestError(unknown)
     several = [prompts] if isinstance(prompts, (str, VideoRequest)) else list(prompts)
+    if settings and any(isinstance(prompt, VideoRequest) for prompt in several):
+        names = ", ".join(settings)
+        raise InvalidRequestError([f"{names} cannot change a VideoRequest; put it into the request itself"])
     return [p if isinstance(p, VideoRequest) else VideoRequest(prompt=p, **settings) for p in several]
 
 
@@ -59,19 +62,19 @@ def check_input(settings: EngineSettings, requests: Sequence[VideoRequest], labe
     problems = setting_problems(settings)
     try:
         adapter = open_model(settings.model)
+        problems += weight_problems(adapter)
+        complete = complete_requests(requests, adapter)
+        problems += request_problems(complete, adapter, labels)
     except (InvalidRequestError, CheckpointError) as error:
-        problems += error.problems if isinstance(error, InvalidRequestError) else [str(error)]
+        problems += error.problems if isinstance(error, InvalidRequestError) else str(error).splitlines()
         problems += _labelled([check_values(request) for request in requests], labels)
-        return CheckedInput(requests=tuple(requests), problems=tuple(problems))
-    complete = complete_requests(requests, adapter)
-    problems += weight_problems(adapter)
-    problems += request_problems(complete, adapter, labels)
+        return CheckedInput(requests=tuple(requests), problems=tuple(dict.fromkeys(problems)))
     return CheckedInput(requests=tuple(complete), problems=tuple(problems))
 
 
 def complete_requests(requests: Sequence[VideoRequest], adapter: ModelAdapter) -> list[VideoRequest]:
     """The requests with the model's defaults filled in; seeds stay as they are."""
-    return [request.complete(adapter.defaults) for request in requests]
+    return [adapter.complete(request) for request in requests]
 
 
 def request_problems(requests: Sequence[VideoRequest], adapter: ModelAdapter, labels: Sequence[str] = ()) -> list[str]:

@@ -9,11 +9,15 @@ Shape legend: B batch, S latent tokens, T text tokens, N heads, C latent channel
 import abc
 import dataclasses
 import enum
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from pipedit.core.errors import CheckpointError
 from pipedit.core.request import RequestDefaults, VideoRequest
 from pipedit.models.checkpoint import Checkpoint
+from pipedit.models.config_needs import ConfigNeeds, config_problems
+from pipedit.models.noise_schedulers import scheduler_problem
 from pipedit.plan.costs import RequestCost
 
 if TYPE_CHECKING:
@@ -144,9 +148,28 @@ class ModelAdapter(abc.ABC):
     family: ClassVar[str]
     pipeline_classes: ClassVar[tuple[str, ...]]  # `_class_name` in model_index.json
     prompt_frame: ClassVar[PromptFrame] = PromptFrame()
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+
+    # -- what the checkpoint must hold --------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def config_needs(self) -> Mapping[str, ConfigNeeds]:
+        """What is read from the config of each component."""
+
+    def config_problems(self) -> list[str]:
+        """What is missing or wrong in the configs, a sentence each, so that nothing else here meets it."""
+        return [*config_problems(self.checkpoint, self.config_needs()), *self._scheduler_problems()]
+
+    def _scheduler_problems(self) -> list[str]:
+        try:
+            config = self.checkpoint.config("scheduler")
+        except CheckpointError as error:
+            return [str(error)]
+        problem = scheduler_problem(self.checkpoint.component_class("scheduler"), config)
+        return [f"{self.checkpoint.name}: {problem}"] if problem else []
 
     # -- what a request may look like ---------------------------------------------------------------------------
 
@@ -158,6 +181,12 @@ class ModelAdapter(abc.ABC):
     @property
     @abc.abstractmethod
     def published_defaults(self) -> RequestDefaults: ...
+
+    def complete(self, request: VideoRequest) -> VideoRequest:
+        """The request with every open field filled from the defaults, and numbers of other libraries (numpy) as plain
+        ones. The seed stays as it is."""
+        plain = {field.name: _plain(getattr(request, field.name)) for field in dataclasses.fields(request)}
+        return dataclasses.replace(request, **plain).complete(self.defaults)
 
     @property
     @abc.abstractmethod
@@ -210,3 +239,11 @@ class ModelAdapter(abc.ABC):
 
     @abc.abstractmethod
     def load_decode_stage(self, device: str, precision: Precision, *, tiling: bool = False) -> DecodeStage: ...
+
+
+def _plain(value: Any) -> Any:
+    if type(value) in (bool, int, float):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value

@@ -14,6 +14,8 @@ from pipedit.core.request import RequestDefaults
 MODEL_INDEX = "model_index.json"
 OWN_SETTINGS = "pipedit.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")  # a tokenizer has one of them
+_MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,17 +86,28 @@ class Checkpoint:
         file = self.folder / OWN_SETTINGS
         if not file.is_file():
             return {}
-        defaults = dict(_read_json(file).get("defaults", {}))
+        defaults = _read_json(file).get("defaults", {})
+        if not isinstance(defaults, dict):
+            raise CheckpointError(f'{file}: "defaults" should be a JSON object, such as {{"num_frames": 33}}')
         unknown = sorted(set(defaults) - {field.name for field in dataclasses.fields(RequestDefaults)})
         if unknown:
             raise CheckpointError(f"{file} sets unknown defaults: {', '.join(unknown)}")
+        if empty := sorted(name for name, value in defaults.items() if value is None):
+            raise CheckpointError(f"{file} gives no value for {', '.join(empty)}; leave them out instead of null")
         return defaults
+
+    def tokenizer_folder(self, component: str) -> Path:
+        """Where a tokenizer's files are; raises CheckpointError where they are missing."""
+        folder = self.path(component)
+        if not any((folder / name).is_file() for name in _VOCABULARIES):
+            raise CheckpointError(f"{folder} holds no tokenizer ({', '.join(_VOCABULARIES)}): the model is incomplete")
+        return folder
 
     def weights(self, component: str) -> WeightFiles:
         """Tensor names and files of a component; raises CheckpointError where they are missing or pickled."""
         folder = self.path(component)
         for index in sorted(folder.glob("*.safetensors.index.json")):
-            tensors = {name: folder / file for name, file in _read_json(index)["weight_map"].items()}
+            tensors = {name: folder / file for name, file in _weight_map(index).items()}
             missing = sorted({str(file) for file in tensors.values() if not file.is_file()})
             if missing:
                 raise CheckpointError(f"weight files are missing, the download is incomplete: {', '.join(missing)}")
@@ -104,22 +117,51 @@ class Checkpoint:
             return WeightFiles(component=component, tensors=dict.fromkeys(read_header(files[0]), files[0]))
         raise CheckpointError(_no_weights(folder))
 
+    def whole_weights(self, component: str) -> WeightFiles:
+        """As `weights`, but looks into every file and raises CheckpointError for those that are cut short too."""
+        weights = self.weights(component)
+        for file in weights.files:
+            read_header(file)
+        return weights
+
     def weight_bytes(self, component: str) -> int:
         """Bytes of the component's tensors on disk."""
         return sum(file.stat().st_size for file in self.weights(component).files)
 
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, data types and shapes of a safetensors file, from its header alone."""
+    """Names, data types and shapes of a safetensors file, from its header alone. Raises CheckpointError for a file that
+    is no such file, or that is not as long as its header says."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > 100_000_000:
+            if length > _MAX_HEADER_BYTES:
                 raise ValueError("header too long")
             header = json.loads(stream.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        tensors = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in entries.items()}
+        data_bytes = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+        size_bytes = file.stat().st_size
     except (OSError, ValueError, struct.error) as error:
         raise CheckpointError(f"{file} is not a readable safetensors file ({error}); download it again") from error
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"}
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} is not a readable safetensors file (its header is malformed); download it again"
+        ) from error
+    if size_bytes != 8 + length + data_bytes:
+        what = "is cut short" if size_bytes < 8 + length + data_bytes else "is too long"
+        raise CheckpointError(
+            f"{file} {what}: {size_bytes} bytes instead of {8 + length + data_bytes}; download it again"
+        )
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index of weights in several files."""
+    found = _read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f"{index} holds no weight_map from tensors to files; download it again")
+    return found
 
 
 def _read_json(file: Path) -> dict[str, Any]:

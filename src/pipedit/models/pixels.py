@@ -1,9 +1,20 @@
-"""From the VAE's output to picture bytes."""
+"""What goes into a VAE is checked, what comes out of it becomes picture bytes."""
 
 from typing import Any
 
 import numpy as np
 import torch
+
+from pipedit.core.errors import NonFiniteError
+
+
+def require_finite(latents: torch.Tensor) -> None:
+    """Raises NonFiniteError for latents that would decode to a meaningless picture without any error."""
+    if not bool(torch.isfinite(latents).all()):
+        raise NonFiniteError(
+            "the model produced latents that are not finite numbers, so there is no video to decode; "
+            "try another data type (float32 or bfloat16) or a lower guidance scale"
+        )
 
 
 def to_frames(video: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":

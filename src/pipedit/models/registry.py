@@ -17,7 +17,8 @@ from pipedit.models.checkpoint import MODEL_INDEX, Checkpoint
 from pipedit.models.published_configs import PUBLISHED, PublishedCheckpoint
 
 EMBEDDED = "tiny"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# What the hub takes: no "--" and no "..", no other sign than letters, digits and _ at the ends, no ".git".
+_HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w(?:[\w.-]*\w)?/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 _CONFIGS = ["*.json", "*.txt", "tokenizer*/*"]
 _WEIGHTS = ["*.safetensors"]
 # Adapter classes as text, so that naming a model imports nothing.
@@ -85,9 +86,13 @@ KNOWN_MODELS = (
 
 
 def open_model(name: str) -> ModelAdapter:
-    """The adapter of a model. Raises InvalidRequestError for a name that means nothing, CheckpointError for a folder
-    that is not a model. For hub models that are not cached yet, downloads the config files (not the weights)."""
-    return _adapter(_find(name))
+    """The adapter of a model. Raises InvalidRequestError for a name that means nothing, CheckpointError (one line for
+    each problem) for a folder that is not a model or whose configs are not usable. For hub models that are not cached
+    yet, downloads the config files (not the weights)."""
+    adapter = _adapter(_find(name))
+    if problems := adapter.config_problems():
+        raise CheckpointError("\n".join(problems))
+    return adapter
 
 
 def open_published(name: str) -> ModelAdapter:
@@ -120,27 +125,35 @@ def _adapter(checkpoint: Checkpoint) -> ModelAdapter:
 
 
 def fetch_weights(adapter: ModelAdapter) -> None:
-    """Makes sure that every weight file is on disk; downloads what is missing for hub models."""
+    """Makes sure that weights and tokenizers are on disk; downloads what is missing for hub models, into the snapshot
+    that the adapter reads."""
     problems = missing_weights(adapter)
     if not problems:
         return
     hub_id = _hub_id(adapter.checkpoint.name)
     if hub_id is None:
         raise CheckpointError("\n".join(problems))
-    _download(hub_id, [*_CONFIGS, *_WEIGHTS])
+    _download(hub_id, [*_CONFIGS, *_WEIGHTS], revision=adapter.checkpoint.folder.name)
+    if problems := missing_weights(adapter):  # without a network, what the cache holds counts as the download
+        raise CheckpointError("\n".join([*problems, f"not all of {hub_id} could be downloaded; check the network"]))
 
 
 def weight_problems(adapter: ModelAdapter) -> list[str]:
-    """Weight files that a model in a folder lacks, or that are pickled; none for a hub model, which can be fetched."""
+    """What a model in a folder lacks, a sentence each; none for a hub model, which can be fetched."""
     return [] if _hub_id(adapter.checkpoint.name) else missing_weights(adapter)
 
 
 def missing_weights(adapter: ModelAdapter) -> list[str]:
-    """What the model's weight files on this machine lack, a sentence each: missing, cut short, pickled."""
+    """What the model's weights and tokenizers on this machine lack, a sentence each: missing, cut short, pickled."""
+    checkpoint = adapter.checkpoint
+    checks = [
+        *((checkpoint.tokenizer_folder, component) for component in adapter.tokenizers),
+        *((checkpoint.whole_weights, component) for component in adapter.weighted_components()),
+    ]
     problems = []
-    for component in filter(adapter.checkpoint.has, adapter.weighted_components()):
+    for check, component in checks:
         try:
-            adapter.checkpoint.weights(component)
+            check(component)
         except CheckpointError as error:
             problems.append(str(error))
     return problems
@@ -165,8 +178,7 @@ def embedded_folder() -> Path:
 def _find(name: str) -> Checkpoint:
     if name == EMBEDDED:
         return Checkpoint(folder=embedded_folder(), name=name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    if (folder := _folder(name)) is not None:
         if not (folder / MODEL_INDEX).is_file():
             raise InvalidRequestError([_not_a_pipeline(folder)])
         return Checkpoint(folder=folder, name=name)
@@ -179,13 +191,32 @@ def _find(name: str) -> Checkpoint:
                 f"({', '.join(aliases)}){_nearest(name.lower(), aliases)}"
             ]
         )
+    return Checkpoint(folder=_snapshot(hub_id), name=name)
+
+
+def _folder(name: str) -> Path | None:
+    """The folder that a name stands for, or None. Unlike pathlib, os.path raises nothing for names that cannot be."""
+    path = os.path.expanduser(name)
+    return Path(path) if os.path.isdir(path) else None
+
+
+def _snapshot(hub_id: str) -> Path:
+    """The folder in the hub cache with the model's configs, which are downloaded where there are none."""
     cached = cached_folder(hub_id)
-    return Checkpoint(folder=cached or _download(hub_id, _CONFIGS), name=name)
+    if cached is not None and (cached / MODEL_INDEX).is_file():
+        return cached
+    folder = _download(hub_id, _CONFIGS)
+    if not (folder / MODEL_INDEX).is_file():  # without a network, what the cache holds counts as the download
+        raise CheckpointError(
+            f"model {hub_id} has no {MODEL_INDEX} in the local cache, and none could be downloaded; "
+            "check the network, or give a model in diffusers format (the hub ids that end in -Diffusers)"
+        )
+    return folder
 
 
 def _hub_id(name: str) -> str | None:
     """The hub id that a name stands for; None for the embedded model, a folder, and what can be no id."""
-    if Path(name).expanduser().is_dir():
+    if _folder(name) is not None:
         return None
     for model in KNOWN_MODELS:
         if name.lower() == model.alias:
@@ -193,12 +224,12 @@ def _hub_id(name: str) -> str | None:
     return name if _HUB_ID.fullmatch(name) else None
 
 
-def _download(hub_id: str, patterns: list[str]) -> Path:
+def _download(hub_id: str, patterns: list[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, revision=revision))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         known = [model.hub_id for model in KNOWN_MODELS if model.hub_id]
         raise InvalidRequestError(

@@ -27,7 +27,7 @@ def load_text_encoder(
     knows the renames between its versions, so its loader is used rather than ours. Pickled weights are refused, and
     so are missing ones, which transformers would fill with random numbers. `config_changes` replace values of the
     component's config."""
-    checkpoint.weights(component)
+    checkpoint.whole_weights(component)
     with _quiet():
         encoder, report = cls.from_pretrained(
             checkpoint.path(component),

@@ -2,23 +2,28 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pipedit.core.request import MAX_SEED, VideoRequest
 from pipedit.models.adapter import ModelAdapter
+from pipedit.models.noise_schedulers import ignores_flow_shift, most_steps
 
 _COUNTS = ("num_inference_steps", "max_sequence_length")
 _SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
+_FPS = (0.01, 1000)
+_TOO_LARGE = 10**9  # for anything but a seed; sums over such numbers would take long or overflow
 
 
 def check_request(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
-    """Problems of a completed request (see `VideoRequest.complete`); an empty list means that it can run."""
-    sound = _without(request, _wrong_types(request))
+    """Problems of a completed request (see `ModelAdapter.complete`); an empty list means that it can run."""
+    sound = _without(request, _unusable(request))
     return [
         *check_values(request),
         *_size_problems(sound, adapter),
+        *_schedule_problems(sound, adapter),
         *_length_problems(sound, adapter),
         *adapter.extra_problems(sound),
     ]
@@ -26,25 +31,52 @@ def check_request(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
 
 def check_values(request: VideoRequest) -> list[str]:
     """The problems that can be seen without knowing the model. Fields may be open."""
-    wrong = _wrong_types(request)
+    wrong = _unusable(request)
     problems = [*wrong.values(), *_number_problems(_without(request, wrong))]
     if isinstance(request.prompt, str) and not request.prompt.strip():
         problems.append("the prompt is empty; say what the video should show")
     return problems
 
 
-def _wrong_types(request: VideoRequest) -> dict[str, str]:
-    """Fields whose value is of another type, and the sentence about it."""
+def _unusable(request: VideoRequest) -> dict[str, str]:
+    """Fields whose value is of another type or cannot be computed with, and the sentence about it."""
     problems = {}
     for field in dataclasses.fields(VideoRequest):
-        value = getattr(request, field.name)
-        kinds: tuple[type, ...] = (int, float) if "float" in str(field.type) else (int,)
+        name, value = field.name, getattr(request, field.name)
+        if value is None:
+            if name == "prompt":
+                problems[name] = "prompt is missing; say what the video should show"
+            continue
         if "str" in str(field.type):
-            kinds = (str,)
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            problems[field.name] = f"{field.name}={value!r} should be {wanted}"
+            problem = _text_problem(name, value)
+        else:
+            problem = _kind_problem(name, value, is_whole="float" not in str(field.type))
+        if problem is not None:
+            problems[name] = problem
     return problems
+
+
+def _text_problem(name: str, value: Any) -> str | None:
+    if not isinstance(value, str):
+        return f"{name}={value!r} should be str"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return (
+            f"the {name.replace('_', ' ')} holds half a character ({value[error.start]!a}) at position "
+            f"{error.start + 1}; type that character again"
+        )
+    return None
+
+
+def _kind_problem(name: str, value: Any, *, is_whole: bool) -> str | None:
+    """Numbers of other libraries are numbers too; truth values are none."""
+    kind: type = numbers.Integral if is_whole else numbers.Real
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return f"{name}={value!r} should be {'int' if is_whole else 'int or float'}"
+    if name != "seed" and isinstance(value, numbers.Integral) and abs(int(value)) > _TOO_LARGE:
+        return f"{name} is too large; numbers above {_TOO_LARGE} make no sense here"
+    return None
 
 
 def _without(request: VideoRequest, fields: Iterable[str]) -> VideoRequest:
@@ -83,12 +115,27 @@ def _number_problems(request: VideoRequest) -> list[str]:
         value = getattr(request, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             problems.append(f"{name}={value} must be a number of at least 0")
-    for name in ("fps", "flow_shift"):
-        value = getattr(request, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            problems.append(f"{name}={value} must be above 0")
+    shift, fps = request.flow_shift, request.fps
+    if shift is not None and not (math.isfinite(shift) and shift > 0):
+        problems.append(f"flow_shift={shift} must be above 0")
+    if fps is not None and not _FPS[0] <= fps <= _FPS[1]:
+        problems.append(f"fps={fps} must lie between {_FPS[0]} and {_FPS[1]}")
     if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
-        problems.append(f"seed={request.seed} must lie between 0 and 2^63 - 1")
+        shown = f"seed={request.seed}" if abs(request.seed) < 10**30 else "seed"
+        problems.append(f"{shown} must lie between 0 and 2^63 - 1")
+    return problems
+
+
+def _schedule_problems(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
+    """What the checkpoint's noise scheduler makes no use of."""
+    checkpoint, problems = adapter.checkpoint, []
+    name, config = checkpoint.component_class("scheduler"), checkpoint.config("scheduler")
+    steps, most = request.num_inference_steps, most_steps(config)
+    if steps is not None and steps > most:
+        problems.append(f"num_inference_steps={steps} is more than this model has noise levels: {most}")
+    shift = request.flow_shift
+    if shift not in (None, adapter.defaults.flow_shift) and ignores_flow_shift(name, config):
+        problems.append(f"flow_shift={shift} has no effect: this checkpoint's noise scheduler has none; leave it out")
     return problems
 
 
@@ -109,7 +156,7 @@ def _cut_off(adapter: ModelAdapter, text: str, limit: int) -> str:
     # Every token covers at least one byte, so that most prompts need no tokenizer (real ones take a second to load).
     if len(text.encode()) + 2 <= limit:
         return ""
-    tokenizer = _load_tokenizer(adapter.checkpoint.path("tokenizer"))
+    tokenizer = _load_tokenizer(adapter.checkpoint.tokenizer_folder("tokenizer"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     frame, prompt = adapter.prompt_frame, adapter.clean_prompt(text)
@@ -129,7 +176,7 @@ def _load_tokenizer(folder: Path) -> Any:
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
 
 
 def _shorten(text: str) -> str:

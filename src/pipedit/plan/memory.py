@@ -8,7 +8,7 @@ from pipedit.core.units import MIB, format_bytes
 from pipedit.plan.costs import RequestCost
 
 # Allocator fragmentation and kernel workspaces: what the formulas do not see.
-_MARGIN = 1.1
+_MARGIN_PERCENT = 110
 # Interpreter and libraries on the CPU (measured: 0.45 GB for the smallest run), context and kernels on a GPU.
 RUNTIME_BYTES = 512 * MIB
 
@@ -33,11 +33,15 @@ class Room:
 
     def needed(self, cost: RequestCost) -> int:
         if self.is_loaded:
-            return int((cost.peak_bytes - cost.weight_bytes) * _MARGIN)
-        return int(cost.peak_bytes * _MARGIN) + RUNTIME_BYTES
+            return _with_margin(cost.peak_bytes - cost.weight_bytes)
+        return _with_margin(cost.peak_bytes) + RUNTIME_BYTES
 
     def holds(self, cost: RequestCost) -> bool:
         return self.needed(cost) <= self.available_bytes
+
+
+def _with_margin(count: int) -> int:
+    return count * _MARGIN_PERCENT // 100  # in whole numbers: floats end at 1e308, what people ask for does not
 
 
 def memory_problem(
@@ -54,7 +58,7 @@ def memory_problem(
         + ("" if room.is_loaded else f" ({format_bytes(cost.weight_bytes)} of it weights)")
         + f", {format_bytes(room.available_bytes)} are free"
     )
-    if not room.is_loaded and cost.weight_bytes * _MARGIN + RUNTIME_BYTES > room.available_bytes:
+    if not room.is_loaded and _with_margin(cost.weight_bytes) + RUNTIME_BYTES > room.available_bytes:
         return f"{text}; the weights alone do not fit: take a smaller model, or bfloat16 instead of float32"
     offers = [way for way, other_cost in ways_out.items() if room.holds(other_cost(request))]
     offers += _smaller(request, lambda r: room.holds(cost_of(r)), ladder)

@@ -1,6 +1,6 @@
 """What the HunyuanVideo family declares. Torch-free; stages that hold weights are in text.py, denoise.py, decode.py."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from pipedit.core.request import RequestDefaults, VideoRequest
@@ -18,10 +18,11 @@ from pipedit.models.adapter import (
     TokenLayout,
 )
 from pipedit.models.checkpoint import Checkpoint
+from pipedit.models.config_needs import ConfigNeeds
 from pipedit.models.hunyuan_video import text_costs, transformer_costs, vae_costs
-from pipedit.models.hunyuan_video.layout import HunyuanVideoLayout
+from pipedit.models.hunyuan_video.layout import CONFIG_NEEDS, HunyuanVideoLayout
 from pipedit.models.hunyuan_video.prompt import CLIP_TOKENS, PROMPT_FRAME
-from pipedit.models.hunyuan_video.tiles import temporal_tiles
+from pipedit.models.hunyuan_video.tiles import kinds_of_tile, num_temporal_tiles
 from pipedit.plan.costs import PartBytes, RequestCost
 from pipedit.plan.precision import element_bytes
 
@@ -32,6 +33,7 @@ class HunyuanVideoAdapter(ModelAdapter):
     family: ClassVar[str] = "hunyuan_video"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("HunyuanVideoPipeline",)
     prompt_frame: ClassVar[PromptFrame] = PROMPT_FRAME
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
@@ -83,6 +85,9 @@ class HunyuanVideoAdapter(ModelAdapter):
             )
         return problems
 
+    def config_needs(self) -> Mapping[str, ConfigNeeds]:
+        return CONFIG_NEEDS
+
     def weighted_components(self) -> Sequence[str]:
         return ("text_encoder", "text_encoder_2", "transformer", "vae")
 
@@ -128,7 +133,7 @@ class HunyuanVideoAdapter(ModelAdapter):
         return self.layout.layer_split()
 
     def num_decode_chunks(self, request: VideoRequest) -> int:
-        return len(temporal_tiles(self.latent_shape(request)[2], self.layout.temporal_factor))
+        return num_temporal_tiles(self.latent_shape(request)[2], self.layout.temporal_factor)
 
     def uses_true_guidance(self, request: VideoRequest) -> bool:
         """Two forwards a step, one of them with the negative prompt."""
@@ -140,15 +145,16 @@ class HunyuanVideoAdapter(ModelAdapter):
         checkpoint = self.checkpoint
         llama, clip = checkpoint.config("text_encoder"), checkpoint.config("text_encoder_2")
         encode = text_costs.llama_operations(llama, PROMPT_FRAME.cropped_tokens + layout.text_tokens)
-        decode = [
+        num_chunks = self.num_decode_chunks(request)
+        first, middle, last = (
             vae_costs.decode_operations(
                 self.layout.vae_config, frames=len(tile.latents), rows=rows, columns=columns, tiling=tiling
             )
-            for tile in temporal_tiles(frames, self.layout.temporal_factor)
-        ]
+            for tile in kinds_of_tile(frames, self.layout.temporal_factor)
+        )
         return RequestCost(
             num_steps=request.num_inference_steps or 1,
-            num_chunks=len(decode),
+            num_chunks=num_chunks,
             forwards_per_step=forwards,
             latent_tokens=layout.latent_tokens,
             text_tokens=layout.text_tokens,
@@ -159,9 +165,9 @@ class HunyuanVideoAdapter(ModelAdapter):
                 tokens=layout.latent_tokens,
                 text_tokens=layout.text_tokens,
             ),
-            decode_first_chunk=decode[0],
-            decode_chunk=decode[min(1, len(decode) - 1)],
-            decode_last_chunk=decode[-1] if len(decode) > 1 else None,
+            decode_first_chunk=first,
+            decode_chunk=middle,
+            decode_last_chunk=last if num_chunks > 1 else None,
             parts=self._parts(layout, precision, (frames, rows, columns), tiling=tiling),
         )
 
@@ -173,7 +179,7 @@ class HunyuanVideoAdapter(ModelAdapter):
         text, element = element_bytes(precision.text_encoder), element_bytes(precision.transformer)
         vae = element_bytes(precision.vae)
         llama_tokens = PROMPT_FRAME.cropped_tokens + layout.text_tokens
-        frames = max(len(tile.latents) for tile in temporal_tiles(latents[0], self.layout.temporal_factor))
+        frames = max(len(tile.latents) for tile in kinds_of_tile(latents[0], self.layout.temporal_factor))
         return {
             "text_encoder": PartBytes(
                 weights=text_costs.llama_parameters(llama) * text,

@@ -14,9 +14,9 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import Autoencod
 from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import Precision
 from pipedit.models.hunyuan_video.layout import HunyuanVideoLayout
-from pipedit.models.hunyuan_video.tiles import BLENDED_FRAMES, temporal_tiles
+from pipedit.models.hunyuan_video.tiles import BLENDED_FRAMES, temporal_tile
 from pipedit.models.loading import load_module
-from pipedit.models.pixels import to_frames
+from pipedit.models.pixels import require_finite, to_frames
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -49,13 +49,14 @@ class HunyuanVideoDecodeStage:
 
     @torch.inference_mode()
     def begin(self, request: VideoRequest, latents: torch.Tensor) -> HunyuanVideoDecodeState:
+        require_finite(latents)
         dtype = next(self.vae.decoder.parameters()).dtype
         return HunyuanVideoDecodeState(latents=latents.to(self._device, dtype) / self.vae.config.scaling_factor)
 
     @torch.inference_mode()
     def chunk(self, state: HunyuanVideoDecodeState, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
         """Frames of temporal tile `index`; it must follow tile `index` - 1 of the same state."""
-        tile = temporal_tiles(state.latents.shape[2], self.vae.temporal_compression_ratio)[index]
+        tile = temporal_tile(state.latents.shape[2], self.vae.temporal_compression_ratio, index)
         window = state.latents[:, :, tile.latents.start : tile.latents.stop]
         video: torch.Tensor = self.vae.decode(window, return_dict=False)[0][:, :, int(tile.drops_first) :]
         if index > 0:

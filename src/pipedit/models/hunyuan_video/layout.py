@@ -6,6 +6,42 @@ from typing import Any
 from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import LayerSplit
 from pipedit.models.checkpoint import Checkpoint
+from pipedit.models.config_needs import ConfigNeeds
+
+CONFIG_NEEDS = {
+    "transformer": ConfigNeeds(
+        integers=(
+            "attention_head_dim",
+            "in_channels",
+            "num_attention_heads",
+            "num_layers",
+            "num_refiner_layers",
+            "num_single_layers",
+            "pooled_projection_dim",
+            "text_embed_dim",
+        ),
+        optional_integers=("out_channels", "patch_size", "patch_size_t"),
+        optional_numbers=("mlp_ratio",),
+    ),
+    "text_encoder": ConfigNeeds(
+        integers=("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"),
+        optional_integers=("head_dim", "num_key_value_heads"),
+    ),
+    "text_encoder_2": ConfigNeeds(
+        integers=("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"),
+        optional_integers=("max_position_embeddings",),
+    ),
+    "vae": ConfigNeeds(
+        optional_integers=(
+            "latent_channels",
+            "layers_per_block",
+            "out_channels",
+            "spatial_compression_ratio",
+            "temporal_compression_ratio",
+        ),
+        optional_lists=("block_out_channels",),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)

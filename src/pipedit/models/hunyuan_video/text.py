@@ -46,9 +46,9 @@ class HunyuanVideoTextStage:
         return cls(
             # Not the class that model_index.json names: under transformers 5 that one rebuilds the tokenizer without
             # its byte-level rules and gives other tokens, silently.
-            PreTrainedTokenizerFast.from_pretrained(checkpoint.path("tokenizer")),
+            PreTrainedTokenizerFast.from_pretrained(checkpoint.tokenizer_folder("tokenizer"), local_files_only=True),
             load_text_encoder(_ShortLlama, checkpoint, "text_encoder", device, precision, num_hidden_layers=layers),
-            CLIPTokenizer.from_pretrained(checkpoint.path("tokenizer_2")),
+            CLIPTokenizer.from_pretrained(checkpoint.tokenizer_folder("tokenizer_2"), local_files_only=True),
             load_text_encoder(CLIPTextModel, checkpoint, "text_encoder_2", device, precision),
         )
 

@@ -25,16 +25,31 @@ class TemporalTile:
     num_frames: int
 
 
-def temporal_tiles(num_latent_frames: int, factor: int) -> tuple[TemporalTile, ...]:
-    """The tiles of a video in order. A video no longer than one tile is decoded in one piece."""
+def num_temporal_tiles(num_latent_frames: int, factor: int) -> int:
+    """How many tiles a video has. A video no longer than one tile is decoded in one piece."""
+    latent = FRAMES.scaled_down(factor)
+    if num_latent_frames <= latent.length:
+        return 1
+    # One at every stride; a last window of one latent frame would repeat what its predecessor gave.
+    return (num_latent_frames - 2) // latent.stride + 1
+
+
+def temporal_tile(num_latent_frames: int, factor: int, index: int) -> TemporalTile:
+    """Tile `index` of a video."""
     latent = FRAMES.scaled_down(factor)
     if num_latent_frames <= latent.length:
         whole = range(num_latent_frames)
-        return (TemporalTile(latents=whole, drops_first=False, num_frames=factor * (num_latent_frames - 1) + 1),)
-    tiles = []
-    for window in Tiling(length=latent.length + 1, stride=latent.stride).windows(num_latent_frames):
-        first = window.start == 0
-        fresh = factor * min(len(window) - 1, latent.stride)
-        if fresh:  # a last window of one latent frame repeats what its predecessor gave
-            tiles.append(TemporalTile(latents=window, drops_first=not first, num_frames=fresh + first))
-    return tuple(tiles)
+        return TemporalTile(latents=whole, drops_first=False, num_frames=factor * (num_latent_frames - 1) + 1)
+    start = index * latent.stride
+    window = range(start, min(start + latent.length + 1, num_latent_frames))
+    fresh = factor * min(len(window) - 1, latent.stride)
+    return TemporalTile(latents=window, drops_first=index > 0, num_frames=fresh + (index == 0))
+
+
+def kinds_of_tile(num_latent_frames: int, factor: int) -> tuple[TemporalTile, TemporalTile, TemporalTile]:
+    """The first tile, one from the middle (the first again where there is no other), and the last: no others differ."""
+    count = num_temporal_tiles(num_latent_frames, factor)
+    first, middle, last = (
+        temporal_tile(num_latent_frames, factor, index) for index in (0, min(1, count - 1), count - 1)
+    )
+    return first, middle, last

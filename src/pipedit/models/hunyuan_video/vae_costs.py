@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,8 +110,8 @@ def decode_operations(
 ) -> Operations:
     """Decoding one temporal tile of `frames` x `rows` x `columns` latents, in spatial tiles where asked for."""
     total = Operations()
-    for height, width in _tiles(config, rows, columns, tiling=tiling):
-        total += _decode_whole(config, frames, height, width)
+    for (height, width), count in _tiles(config, rows, columns, tiling=tiling).items():
+        total += _decode_whole(config, frames, height, width).times(count)
     return total
 
 
@@ -125,7 +126,7 @@ def _decode_whole(config: dict[str, Any], frames: int, rows: int, columns: int) 
     )
 
 
-def _tiles(config: dict[str, Any], rows: int, columns: int, *, tiling: bool) -> list[tuple[int, int]]:
+def _tiles(config: dict[str, Any], rows: int, columns: int, *, tiling: bool) -> Counter[tuple[int, int]]:
     factor = config.get("spatial_compression_ratio", 8)
     return tile_sizes(rows, columns, PICTURE.scaled_down(factor) if tiling else None)
 
@@ -143,7 +144,7 @@ def decode_working_bytes(
     doublings = int(math.log2(config.get("temporal_compression_ratio", 4)))
     space = int(config.get("spatial_compression_ratio", 8))
     values = 3 * _lengthened(frames, doublings) * rows * columns * space**2
-    assembled = values * 2 * element if len(tiles) > 1 else 0
+    assembled = values * 2 * element if tiles.total() > 1 else 0
     return max(peak + assembled, values * (2 * element + 3 * 4))  # the latter: turning values into bytes
 
 

@@ -1,6 +1,7 @@
 """What the Wan family declares. Torch-free; stages that hold weights are in text.py, denoise.py, decode.py."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from pipedit.core.request import RequestDefaults, VideoRequest
@@ -16,9 +17,10 @@ from pipedit.models.adapter import (
     TextStage,
     TokenLayout,
 )
-from pipedit.models.checkpoint import Checkpoint
+from pipedit.models.checkpoint import MODEL_INDEX, Checkpoint
+from pipedit.models.config_needs import ConfigNeeds, is_number
 from pipedit.models.wan import text_costs, transformer_costs, vae_costs
-from pipedit.models.wan.layout import WanLayout
+from pipedit.models.wan.layout import CONFIG_NEEDS, TRANSFORMER_NEEDS, WanLayout
 from pipedit.plan.costs import PartBytes, RequestCost
 from pipedit.plan.precision import element_bytes
 
@@ -51,12 +53,39 @@ class WanAdapter(ModelAdapter):
         patch = self.layout.transformer_config.get("patch_size", (1, 2, 2))
         return SizeRules(frame_step=self.layout.temporal_factor, size_multiple=self.layout.spatial_factor * patch[1])
 
+    def complete(self, request: VideoRequest) -> VideoRequest:
+        """Both experts follow a guidance scale that is asked for alone, as in diffusers."""
+        if self.layout.has_two_experts and request.guidance_scale_2 is None:
+            request = dataclasses.replace(request, guidance_scale_2=request.guidance_scale)
+        return super().complete(request)
+
+    def config_needs(self) -> Mapping[str, ConfigNeeds]:
+        second = {"transformer_2": TRANSFORMER_NEEDS} if self.layout.has_two_experts else {}
+        return {**CONFIG_NEEDS, **second}
+
+    def config_problems(self) -> list[str]:
+        problems, ratio = super().config_problems(), self.checkpoint.index.get("boundary_ratio")
+        if ratio is not None and not (is_number(ratio) and 0 <= ratio <= 1):
+            problems.append(f"{self.checkpoint.name}: boundary_ratio={ratio!r} in {MODEL_INDEX} is not between 0 and 1")
+        if ratio is not None and not self.checkpoint.has("transformer_2"):
+            problems.append(
+                f"{self.checkpoint.name} sets boundary_ratio, so it needs two experts, but {MODEL_INDEX} names no "
+                "transformer_2: the model is incomplete"
+            )
+        return problems
+
     def extra_problems(self, request: VideoRequest) -> list[str]:
         problems = []
         if request.guidance_scale_2 is not None and not self.layout.has_two_experts:
             problems.append("guidance_scale_2 is only for models with two experts (Wan 2.2 A14B); leave it out")
         if request.true_cfg_scale is not None:
             problems.append("true_cfg_scale is only for HunyuanVideo; Wan's guidance is guidance_scale")
+        scale, negative = request.guidance_scale, request.negative_prompt
+        if negative and negative != self.defaults.negative_prompt and scale is not None and scale <= 1:
+            problems.append(
+                "negative_prompt has no effect without guidance_scale above 1 (which doubles the time); "
+                "set it or leave negative_prompt out"
+            )
         return problems + self._position_problems(request)
 
     def _position_problems(self, request: VideoRequest) -> list[str]:

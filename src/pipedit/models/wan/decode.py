@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, W
 from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import Precision
 from pipedit.models.loading import load_module
-from pipedit.models.pixels import to_frames
+from pipedit.models.pixels import require_finite, to_frames
 from pipedit.models.wan.layout import WanLayout
 
 FeatureCache = list[torch.Tensor | str | None]
@@ -47,6 +47,7 @@ class WanDecodeStage:
 
     @torch.inference_mode()
     def begin(self, request: VideoRequest, latents: torch.Tensor) -> WanDecodeState:
+        require_finite(latents)
         config = self.vae.config
         dtype = next(self.vae.decoder.parameters()).dtype
         latents = latents.to(self._device, dtype)

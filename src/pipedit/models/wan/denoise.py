@@ -25,25 +25,28 @@ class WanState:
 
 
 class WanDenoiseStage:
-    def __init__(self, layout: WanLayout, device: str, experts: list[WanTransformer3DModel]) -> None:
-        self._layout, self._device, self.experts = layout, device, experts
+    def __init__(
+        self, layout: WanLayout, device: str, dtype: torch.dtype, experts: list[WanTransformer3DModel]
+    ) -> None:
+        self._layout, self._device, self._dtype, self.experts = layout, device, dtype, experts
 
     @classmethod
     def load(
         cls, layout: WanLayout, device: str, precision: Precision, layers: range | None = None
     ) -> "WanDenoiseStage":
+        dtype = getattr(torch, precision.transformer)
         names = ("transformer", "transformer_2") if layout.has_two_experts else ("transformer",)
         experts = [
             load_module(
                 lambda name=name: WanTransformer3DModel.from_config(layout.checkpoint.config(name)),  # type: ignore[misc]
                 layout.checkpoint.weights(name),
                 device=device,
-                dtype=getattr(torch, precision.transformer),
+                dtype=dtype,
                 prefixes=layout.layer_split().wanted(layers),
             )
             for name in names
         ]
-        return cls(layout, device, experts)
+        return cls(layout, device, dtype, experts)
 
     def compile_layers(self) -> None:
         for expert in self.experts:
@@ -52,7 +55,7 @@ class WanDenoiseStage:
     @torch.inference_mode()
     def begin(self, request: VideoRequest, conditioning: dict[str, torch.Tensor]) -> WanState:
         assert request.seed is not None
-        checkpoint, dtype = self._layout.checkpoint, self.experts[0].dtype
+        checkpoint = self._layout.checkpoint
         noise_scheduler = make_noise_scheduler(
             checkpoint.component_class("scheduler"), checkpoint.config("scheduler"), request.flow_shift
         )
@@ -60,7 +63,7 @@ class WanDenoiseStage:
         noise_scheduler.set_begin_index(0)
         return WanState(
             request=request,
-            conditioning={name: tensor.to(self._device, dtype) for name, tensor in conditioning.items()},
+            conditioning={name: tensor.to(self._device, self._dtype) for name, tensor in conditioning.items()},
             noise_scheduler=noise_scheduler,
             latents=initial_noise(self._layout.latent_shape(request), request.seed, self._device),
         )
@@ -69,7 +72,7 @@ class WanDenoiseStage:
     def step(self, state: WanState, index: int) -> None:
         time = state.noise_scheduler.timesteps[index]
         expert, scale = self._expert(state, time)
-        latents = state.latents.to(expert.dtype)
+        latents = state.latents.to(self._dtype)
         timestep = self._timestep(state.latents, time)
         prediction = self._predict(expert, latents, timestep, state.conditioning["prompt"])
         if "negative" in state.conditioning:

@@ -6,6 +6,40 @@ from typing import Any
 from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import LayerSplit
 from pipedit.models.checkpoint import Checkpoint
+from pipedit.models.config_needs import ConfigNeeds
+
+TRANSFORMER_NEEDS = ConfigNeeds(
+    integers=(
+        "attention_head_dim",
+        "ffn_dim",
+        "freq_dim",
+        "in_channels",
+        "num_attention_heads",
+        "num_layers",
+        "text_dim",
+    ),
+    optional_integers=("out_channels", "rope_max_seq_len"),
+    optional_lists=("patch_size",),
+)
+CONFIG_NEEDS = {
+    "transformer": TRANSFORMER_NEEDS,
+    "text_encoder": ConfigNeeds(
+        integers=("d_ff", "d_kv", "d_model", "num_heads", "num_layers", "vocab_size"),
+        optional_integers=("relative_attention_num_buckets",),
+    ),
+    "vae": ConfigNeeds(
+        integers=("num_res_blocks", "z_dim"),
+        lists=("dim_mult", "temperal_downsample"),
+        optional_integers=(
+            "base_dim",
+            "decoder_base_dim",
+            "out_channels",
+            "patch_size",
+            "scale_factor_spatial",
+            "scale_factor_temporal",
+        ),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +56,7 @@ class WanLayout:
 
     @property
     def has_two_experts(self) -> bool:
-        return self.checkpoint.has("transformer_2") and self.boundary_ratio is not None
+        return self.checkpoint.has("transformer_2") and self.checkpoint.index.get("boundary_ratio") is not None
 
     @property
     def boundary_ratio(self) -> float | None:

@@ -20,7 +20,7 @@ class WanTextStage:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, device: str, precision: Precision) -> "WanTextStage":
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path("tokenizer"))
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer_folder("tokenizer"), local_files_only=True)
         return cls(tokenizer, load_text_encoder(UMT5EncoderModel, checkpoint, "text_encoder", device, precision))
 
     @torch.inference_mode()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,8 +94,8 @@ def decode_operations(
 ) -> Operations:
     """Decoding one latent frame of `rows` x `columns` positions; the first frame gives one frame, later ones four."""
     total = Operations()
-    for height, width in _tiles(config, rows, columns, tiling=tiling):
-        total += _decode_whole(config, height * width, first=first)
+    for (height, width), count in _tiles(config, rows, columns, tiling=tiling).items():
+        total += _decode_whole(config, height * width, first=first).times(count)
     return total
 
 
@@ -107,7 +108,7 @@ def _decode_whole(config: dict[str, Any], positions: int, *, first: bool) -> Ope
     return Operations(convolution=convolution, attention=4 * positions**2 * _widths(config)[0])
 
 
-def _tiles(config: dict[str, Any], rows: int, columns: int, *, tiling: bool) -> list[tuple[int, int]]:
+def _tiles(config: dict[str, Any], rows: int, columns: int, *, tiling: bool) -> Counter[tuple[int, int]]:
     factor = config.get("scale_factor_spatial", 8)
     return tile_sizes(rows, columns, PICTURE.scaled_down(factor) if tiling else None)
 
@@ -121,9 +122,10 @@ def decode_working_bytes(config: dict[str, Any], *, rows: int, columns: int, ele
     peak = max(_residual_bytes(c, element) for c in convolutions if c.entered)
     frames, space = int(2 ** sum(config["temperal_downsample"])), int(config.get("scale_factor_spatial", 8))
     values = 3 * frames * rows * columns * space**2
-    assembled = values * 2 * element if len(tiles) > 1 else 0
-    areas = [height * width for height, width in tiles]
-    return sum(areas) * cached * element + max(max(areas) * peak + assembled, values * (2 * element + 3 * 4))
+    assembled = values * 2 * element if tiles.total() > 1 else 0
+    covered = sum(height * width * count for (height, width), count in tiles.items())
+    largest = max(height * width for height, width in tiles)
+    return covered * cached * element + max(largest * peak + assembled, values * (2 * element + 3 * 4))
 
 
 def _residual_bytes(c: _Convolution, element: int) -> int:
