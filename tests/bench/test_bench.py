@@ -1,6 +1,7 @@
 """The benchmarks' arithmetic and plumbing; no figure is judged here."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 
 from pipedit.bench import generate
 from pipedit.bench.device import measure
-from pipedit.bench.processes import Peer, peak_memory_bytes
+from pipedit.bench.processes import Peer, peak_memory_bytes, time_command
 from pipedit.bench.sampling import Spread, interleave, ratio
+from pipedit.cli.app import run
+from pipedit.core.errors import PipeditError
 from pipedit.core.request import VideoRequest
 from pipedit.engine.engine import Engine
 from tests.tiny_pipelines import QUICK_SETTINGS
@@ -35,11 +38,22 @@ def test_ratios_are_taken_pair_by_pair() -> None:
 
 
 def test_memory_of_a_whole_process_is_seen() -> None:
-    import sys
-
     small = peak_memory_bytes([sys.executable, "-c", "pass"], timeout_s=30)
     large = peak_memory_bytes([sys.executable, "-c", "b = b'x' * 200_000_000"], timeout_s=30)
     assert 190_000_000 < large - small < 230_000_000
+
+
+@pytest.mark.parametrize("measure_one", [time_command, peak_memory_bytes])
+def test_a_process_that_fails_says_why(measure_one: Callable[..., float]) -> None:
+    with pytest.raises(PipeditError, match="exit code 3.*" if measure_one is time_command else "exit code 1") as caught:
+        measure_one([sys.executable, "-c", "import sys; print('no luck', file=sys.stderr); sys.exit(3)"], timeout_s=30)
+    assert str(caught.value).endswith("no luck")
+
+
+@pytest.mark.parametrize("kind", ["generate", "memory", "device"])
+def test_the_target_is_checked_before_the_measurement(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", kind, "--model", "no-such-model", "-o", "gone/x.json"]) == 2
+    assert "the folder gone does not exist" in capsys.readouterr().err
 
 
 def test_a_peer_that_dies_is_an_error_and_not_a_hang() -> None:

@@ -175,3 +175,19 @@ def test_a_reader_that_goes_away_gets_no_complaint() -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT_S)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_prompt_that_begins_with_a_dash_is_explained(cli: Cli) -> None:
+    ran = cli("generate", "-10 degrees")
+    assert ran.code == 2
+    assert 'hint: put -- before a prompt that begins with a dash: pipedit generate -- "-10 degrees"' in ran.err
+    assert "begins with a dash" not in cli("generate", "--sead", "1").err
+
+
+def test_closed_streams_are_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert run(["generate", "", "-o", "x.mp5"]) == 2
+    for stream in (sys.stdout, sys.stderr):
+        assert stream.name == os.devnull
+        stream.close()

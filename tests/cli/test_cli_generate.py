@@ -33,6 +33,16 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def appearing(path: Path) -> Callable[[], None]:
+    """Another run writes a file."""
+
+    def write() -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("of another run")
+
+    return write
+
+
 def fail() -> None:
     raise RuntimeError("no luck")
 
@@ -174,6 +184,11 @@ def test_what_is_wrong_with_every_prompt_is_said_once(cli: Cli) -> None:
     ]
 
 
+def test_bytes_that_are_no_text_are_wrong_input(cli: Cli) -> None:
+    ran = cli.generate("a \udcff ball", "-o", "x\udcff.mp4", "--negative-prompt", "\udcff")
+    assert (ran.code, len(ran.errors)) == (2, 3)
+
+
 def test_no_prompt_is_an_error(cli: Cli) -> None:
     ran = cli.generate()
     assert ran.code == 2
@@ -189,6 +204,37 @@ def test_files_that_exist_are_replaced_on_request_only(cli: Cli, tmp_path: Path)
     assert (tmp_path / "x.gif").read_text() == "dear to me"
     assert cli.generate("x", "-o", "x.gif", "--trace", "t.json", "--overwrite").code == 0
     assert len(read_frames("x.gif")) == 9
+
+
+def test_a_name_from_the_prompt_that_is_taken_meanwhile_gets_the_next_number(cli: Cli, tmp_path: Path) -> None:
+    other = at_chunk(2, appearing(tmp_path / "a-ball.mp4"))
+    ran = cli.generate("a ball", "--json", failing=other)
+    assert (ran.code, ran.document["results"][0]["file"]) == (0, "a-ball-2.mp4")
+    assert (tmp_path / "a-ball.mp4").read_text() == "of another run"
+    assert len(read_frames("a-ball-2.mp4")) == 9
+    assert names_in(tmp_path) == ["a-ball-2.mp4", "a-ball.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("output", "taken", "kept"),
+    [("x.gif", "x.gif", "x-2.gif"), ("x.npy", "x.npy.json", "x-2.npy"), ("f/", "f/frame_0003.png", "f-2/")],
+)
+def test_a_chosen_name_that_is_taken_meanwhile_is_an_error_and_nothing_is_lost(
+    cli: Cli, tmp_path: Path, output: str, taken: str, kept: str
+) -> None:
+    ran = cli.generate("a ball", "-o", output, failing=at_chunk(2, appearing(tmp_path / taken)))
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.errors == [f"{output} appeared while the video was made and is left as it was; the video is in {kept}"]
+    assert (tmp_path / taken).read_text() == "of another run"
+    assert read_metadata(kept).prompt == "a ball"
+    assert len(read_frames(kept)) == 9
+    assert not any("partial" in name for name in names_in(tmp_path))
+
+
+def test_overwrite_replaces_what_appears_meanwhile_too(cli: Cli, tmp_path: Path) -> None:
+    other = at_chunk(2, appearing(tmp_path / "x.gif"))
+    assert cli.generate("a ball", "-o", "x.gif", "--overwrite", failing=other).paths == ["x.gif"]
+    assert names_in(tmp_path) == ["x.gif"]
 
 
 def test_two_videos_cannot_have_one_name(cli: Cli) -> None:

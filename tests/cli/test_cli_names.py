@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipedit.cli.outputs import file_problems, name_outputs, output_problems, slug
+from pipedit.cli.outputs import file_problems, name_outputs, output_files, output_problems, slug
 from pipedit.cli.prompts import Wish, dtype_of, gather_wishes, labels_of
 from pipedit.core.request import VideoRequest
 from pipedit.media import VideoMetadata
@@ -85,12 +85,47 @@ def test_sizes_that_a_format_cannot_hold_are_problems() -> None:
     request = VideoRequest(prompt="x", width=17, height=16, num_frames=5, fps=8)
     (problem,) = output_problems(["x.mp4"], [request], pattern=None, overwrite=False)
     assert "even" in problem
+    endless = VideoRequest(prompt="x", fps=10**400, num_frames=10**400)  # what JSON may hold
+    assert output_problems(["x.mp4", "x.png"], [endless] * 2, pattern=None, overwrite=False) == []
 
 
 def test_a_trace_needs_a_place_of_its_own(tmp_path: Path) -> None:
     assert file_problems(str(tmp_path / "t.json"), overwrite=False) == []
     assert "does not exist" in file_problems(str(tmp_path / "gone" / "t.json"), overwrite=False)[0]
-    assert "name of a video" in file_problems("a/x.mp4", overwrite=True, outputs=["a/x.mp4"])[0]
+    for output, trace in (("x.npy", "x.npy.json"), ("f.png", "f_0003.png"), ("x.mp4", "../{}/x.mp4")):
+        request = VideoRequest(prompt="x", num_frames=5)
+        taken = output_files(f"{tmp_path}/{output}", request)
+        path = f"{tmp_path}/{trace.format(tmp_path.name)}"
+        assert "name of a video" in file_problems(path, overwrite=True, taken=taken)[0]
+        assert file_problems(f"{tmp_path}/other.json", overwrite=True, taken=taken) == []
+
+
+def test_everything_that_a_name_stands_for_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "k.npy.json").write_text("dear to me")
+    (problem,) = output_problems([f"{tmp_path}/k.npy"], [VideoRequest(prompt="x")], pattern=None, overwrite=False)
+    assert problem.startswith(f"{tmp_path}/k.npy.json exists")
+    requests = [VideoRequest(prompt="x", num_frames=3, fps=8)] * 2
+    names = [f"{tmp_path}/a.png", f"{tmp_path}/a_%04d.png"]
+    (problem,) = output_problems(names, requests, pattern=None, overwrite=False)
+    assert "prompts 1 and 2 would be written to the same file" in problem
+    assert "a_0000.png" in problem
+    names[1] = f"{tmp_path}/b_%04d.png"
+    assert output_problems(names, requests, pattern=None, overwrite=False) == []
+
+
+@pytest.mark.parametrize(("name", "said"), [("a\0.mp4", "NUL character"), ("a\udcff.mp4", "not valid UTF-8")])
+def test_names_that_no_file_can_have_are_sentences(name: str, said: str) -> None:
+    (problem,) = output_problems([name], [VideoRequest(prompt="x")], pattern=None, overwrite=False)
+    assert said in problem
+    problem.encode("utf-8")
+    assert said in file_problems(name, overwrite=False)[0]
+
+
+def test_names_from_prompts_keep_away_from_chosen_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    requests = [VideoRequest(prompt="a red ball")] * 2
+    names = name_outputs(None, requests, [None, "a-red-ball.mp4"], overwrite=False)
+    assert names == ["a-red-ball-2.mp4", "a-red-ball.mp4"]
 
 
 # -- prompt files -------------------------------------------------------------------------------------------------
@@ -109,7 +144,16 @@ def test_prompt_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"\xe4")
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "list.json").write_text('["a red ball"]')
-    cases = {"gone.txt": "cannot be read", "latin.txt": "UTF-8", "empty.txt": "holds no prompt", "list.json": ".jsonl"}
+    (tmp_path / "digits.jsonl").write_text('{"prompt": "x", "seed": ' + "9" * 5000 + "}")
+    (tmp_path / "deep.jsonl").write_text('{"prompt": ' + "[" * 100_000 + "}")
+    odd = {"digits.jsonl": "thousands of digits", "deep.jsonl": "nested too deeply"}
+    cases = {
+        **odd,
+        "gone.txt": "cannot be read",
+        "latin.txt": "UTF-8",
+        "empty.txt": "holds no prompt",
+        "list.json": ".jsonl",
+    }
     for name, said in cases.items():
         wishes, (problem,) = gather_wishes([], str(tmp_path / name), None)
         assert wishes == []
@@ -145,3 +189,9 @@ def test_labels() -> None:
 )
 def test_the_dtype_flag_of_a_file(parts: object, dtype: str) -> None:
     assert dtype_of(VideoMetadata(prompt="x", model="tiny", extra={"dtype": parts})) == dtype
+
+
+def test_a_closed_stdin_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    _, (problem,) = gather_wishes([], "-", None)
+    assert problem == "the prompt file - cannot be read: stdin is closed"

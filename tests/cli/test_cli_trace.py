@@ -47,3 +47,10 @@ def test_what_is_wrong_with_either_file_is_said_at_once(cli: Cli, tmp_path: Path
     assert "gone.json does not exist" in ran.errors[0]
     assert ".svg or .png" in ran.errors[1]
     assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["", "/", "."])
+def test_no_name_is_a_sentence(cli: Cli, name: str) -> None:
+    ran = cli("trace", name)
+    assert (ran.code, len(ran.errors)) == (2, 1)
+    assert "names no file" in ran.errors[0]

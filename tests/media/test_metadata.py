@@ -106,3 +106,37 @@ def test_json_round_trip(prompt: str, extra: dict[str, object]) -> None:
     assert about.to_json().isascii()
     assert parse_metadata(about.to_json(), source="x") == about
     about.title.encode()  # valid Unicode, whatever was typed
+
+
+def test_settings_that_no_version_has_written_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="does not know: prompt"):
+        VideoMetadata(prompt="a", model="m", settings={"prompt": "b"}).request()
+    write_clip(f"{tmp_path}/clip.npy", metadata("a"))
+    for content in (b"\xe4\xff", b"9" * 5000, b"[" * 100_000):
+        (tmp_path / "clip.npy.json").write_bytes(content)
+        with pytest.raises(InvalidRequestError, match="holds no pipedit settings"):
+            read_metadata(tmp_path / "clip.npy")
+
+
+def test_a_foreign_sidecar_stays(tmp_path: Path) -> None:
+    (tmp_path / "clip.npy.json").write_text("dear to me")
+    write_clip(f"{tmp_path}/clip.npy", None)
+    assert (tmp_path / "clip.npy.json").read_text() == "dear to me"
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "12:30.gif", "a:b/c.mp4"])
+def test_a_colon_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a:b").mkdir()
+    write_clip(name, metadata("a ball"))
+    assert read_metadata(name).prompt == "a ball"
+
+
+def test_foreign_tags_in_other_encodings_are_no_settings(tmp_path: Path) -> None:
+    with open_writer(tmp_path / "clip.mp4", width=16, height=16, fps=8, metadata=metadata("caf\u00e9")) as writer:
+        writer.write(np.full((2, 16, 16, 3), 90, np.uint8))
+    content = (tmp_path / "clip.mp4").read_bytes()
+    title, latin = "caf\u00e9".encode(), b"caf\xe9\xe9"
+    assert content.count(title) == 1
+    (tmp_path / "clip.mp4").write_bytes(content.replace(title, latin))
+    assert read_metadata(tmp_path / "clip.mp4").prompt == "caf\u00e9"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipedit.media import check_output, check_picture, open_writer
+from pipedit.media import check_output, check_picture, files_of, numbered, open_writer
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,31 @@ def test_names_that_are_too_long(tmp_path: Path) -> None:
     assert "too long" in problem
 
 
+@pytest.mark.parametrize(("ending", "written"), [(".npy", ".npy.json"), (".png", "_0004.png"), (".mp4", None)])
+def test_the_names_that_are_truly_written_count(tmp_path: Path, ending: str, written: str | None) -> None:
+    problems = check_output(tmp_path / ("x" * (255 - len(ending)) + ending), num_frames=5)
+    assert [f"{written} is too long" in problem for problem in problems] == ([True] if written else [])
+
+
+@pytest.mark.parametrize(("name", "said"), [("a\0.mp4", "NUL"), ("a\udcff.npy", "UTF-8"), ("\0/", "NUL")])
+def test_names_that_are_no_text(name: str, said: str) -> None:
+    (problem,) = check_output(name)
+    assert said in problem
+
+
+def test_a_path_object_is_told_how_folders_are_named(tmp_path: Path) -> None:
+    assert "a Path drops the slash" in check_output(tmp_path / "frames")[0]
+    assert "a Path drops the slash" not in check_output(f"{tmp_path}/frames")[0]
+
+
+def test_numbered_names_have_room() -> None:
+    assert [numbered(name, 2) for name in ("a/b.mp4", "a/b/", "f_%04d.png")] == ["a/b-2.mp4", "a/b-2/", "f_%04d-2.png"]
+    for ending in (".mp4", ".npy", ".png", "/"):
+        name = numbered("x" * (255 - len(ending)) + ending, 10)
+        assert name.endswith(f"-10{ending}")
+        assert all(len(file.name) <= 255 for file in (Path(name), *files_of(name, 3)))
+
+
 def test_two_counters(tmp_path: Path) -> None:
     (problem,) = check_output(tmp_path / "%d_%04d.png")
     assert "more than one frame counter" in problem
@@ -71,6 +96,10 @@ def test_sizes_and_speed_that_a_format_lacks(tmp_path: Path) -> None:
     assert "even width and height, not 33 x 64" in check_output(tmp_path / "a.mp4", width=33, height=64)[0]
     assert check_output(tmp_path / "a.gif", width=33, height=64, fps=50) == []
     assert "more than 50 frames per second, 60 were asked for" in check_output(tmp_path / "a.gif", fps=60)[0]
+    assert "less than 0.002 frames per second" in check_output(tmp_path / "a.gif", fps=0.001)[0]
+    for fps in (1e-5, 1e9, float("inf"), float("nan")):
+        assert "0.001 to 100000 frames per second" in check_output(tmp_path / "a.mp4", fps=fps)[0]
+        assert check_output(tmp_path / "a.npy", fps=fps) == []
 
 
 @pytest.mark.parametrize("name", ["clip.png", "frames/"])

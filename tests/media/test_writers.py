@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from pipedit.core.errors import InvalidRequestError
-from pipedit.media import Frames, VideoMetadata, open_writer, read_frames
+from pipedit.media import Frames, VideoMetadata, numbered, open_writer, read_frames
+from pipedit.media.lossless import NpyWriter
 
 TARGETS = ("clip.mp4", "clip.gif", "clip.npy", "clip.png", "f%03d.png", "frames/")
 METADATA = VideoMetadata(prompt="a red ball", model="tiny", settings={"seed": 3})
@@ -190,6 +191,56 @@ def interrupt_at_second_call() -> Callable[[Path, Path], None]:
         os.rename(source, target)
 
     return move
+
+
+def test_interrupt_while_replacing_brings_the_old_files_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(f"{tmp_path}/clip.png", moving_square(3))
+    old = [(tmp_path / name).read_bytes() for name in everything_in(tmp_path)]
+    writer = open_writer(f"{tmp_path}/clip.png", width=48, height=32, fps=8)
+    writer.write(moving_square(4)[::-1])
+    monkeypatch.setattr("os.replace", interrupt_at_second_call())
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    assert [(tmp_path / name).read_bytes() for name in everything_in(tmp_path)] == old
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_writer_that_may_not_replace_takes_a_free_name(
+    tmp_path: Path, target: str, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+        monkeypatch.setattr("os.link", refuse_links)
+    write(f"{tmp_path}/{target}", moving_square(5), metadata=METADATA)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for _ in range(2):
+        kwargs = {"width": 48, "height": 32, "fps": 8, "metadata": METADATA}
+        with open_writer(f"{tmp_path}/{target}", replace=False, **kwargs) as writer:  # type: ignore[arg-type]
+            writer.write(moving_square(7))
+    assert {path: path.read_bytes() for path in before} == before
+    assert writer.target == numbered(f"{tmp_path}/{target}", 3)
+    assert len(read_frames(writer.target)) == 7
+    assert all(path.is_file() for path in writer.paths)
+    assert not [name for name in everything_in(tmp_path) if "partial" in name]
+
+
+def refuse_links(source: Path, target: Path, **_: object) -> None:
+    """In place of os.link, on a file system without them."""
+    if os.path.lexists(target):
+        raise FileExistsError(target)
+    raise PermissionError(source)
+
+
+def test_a_disk_that_is_full_is_told_once(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path / "clip.npy", width=48, height=32, fps=8)
+    writer.write(moving_square(1))
+    assert isinstance(writer, NpyWriter)
+    assert writer._file is not None
+    writer._file.close()
+    writer._file = open("/dev/full", "wb")  # noqa: SIM115
+    writer._file.write(b"x")
+    writer.abort()
+    assert everything_in(tmp_path) == []
 
 
 # -- refused ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from pipedit.models.random_pipelines import randomise
-from training import dit, evaluate, latents, measure, text, vae, world
+from training import checkpoint, dit, evaluate, latents, measure, optim, text, vae, world
 
 Clip = np.ndarray
 
@@ -138,12 +138,12 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(dit, "BATCHES", ((3, 2, 1.0),))
     state = {"latents": torch.randn(8, 8, 13, 8, 8).half(), "seed": 0, "mean": torch.zeros(8), "std": torch.ones(8)}
     for name in ("whole", "resumed"):
-        dit.checkpoint.save(tmp_path / name / "latents.pt", state)
+        checkpoint.save(tmp_path / name / "latents.pt", state)
     dit.train(tmp_path / "whole", 4, seed=0)
-    monkeypatch.setattr(dit.optim, "set_learning_rate", _with_total(dit.optim.set_learning_rate, 4))
+    monkeypatch.setattr(optim, "set_learning_rate", _with_total(optim.set_learning_rate, 4))
     dit.train(tmp_path / "resumed", 2, seed=0)
     dit.train(tmp_path / "resumed", 4, seed=0)
-    whole, resumed = (dit.checkpoint.load(tmp_path / name / "dit.pt") for name in ("whole", "resumed"))
+    whole, resumed = (checkpoint.load(tmp_path / name / "dit.pt") for name in ("whole", "resumed"))
     assert whole is not None
     assert resumed is not None
     for name, weight in whole["model"].items():

@@ -2,6 +2,7 @@
 
 import json
 import queue
+import shlex
 import subprocess
 import sys
 import threading
@@ -11,7 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pipedit.core.errors import PipeditError
+
 PEERS = Path(__file__).parent / "peers"
+_LAST_LINES = 12  # of a process that failed: the end of a traceback
 
 
 class Peer:
@@ -73,21 +77,32 @@ class Peer:
 
 
 def time_command(command: Sequence[str], *, timeout_s: float) -> float:
-    """Wall seconds of a whole process, imports included; raises CalledProcessError if it fails."""
+    """Wall seconds of a whole process, imports included. Raises PipeditError, with its last words, if it fails."""
     start = time.perf_counter()
-    subprocess.run(command, timeout=timeout_s, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _run(command, timeout_s=timeout_s)
     return time.perf_counter() - start
 
 
 def peak_memory_bytes(command: Sequence[str], *, timeout_s: float) -> int:
-    """Peak resident memory of a whole process (Linux and macOS), from the operating system's own account."""
+    """Peak resident memory of a whole process (Linux and macOS), from the operating system's own account. Raises
+    PipeditError, with its last words, if it fails."""
     script = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[2:], timeout=float(sys.argv[1]), check=True, "
-        "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); "
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        "import resource, subprocess, sys; "
+        "done = subprocess.run(sys.argv[2:], timeout=float(sys.argv[1]), stdout=subprocess.DEVNULL); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(done.returncode != 0)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(timeout_s), *command],
-        timeout=timeout_s + 10, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+    said = _run([sys.executable, "-c", script, str(timeout_s), *command], timeout_s=timeout_s + 10)
+    return int(said) * (1 if sys.platform == "darwin" else 1024)
+
+
+def _run(command: Sequence[str], *, timeout_s: float) -> str:
+    """What the process wrote to stdout."""
+    try:
+        done = subprocess.run(command, timeout=timeout_s, check=True, capture_output=True, text=True, errors="replace")
+    except subprocess.TimeoutExpired:
+        raise PipeditError(f"a measured process took more than {timeout_s:.0f} s: {shlex.join(command)}") from None
+    except subprocess.CalledProcessError as error:
+        words = error.stderr.strip().splitlines()[-_LAST_LINES:]
+        said = [f"a measured process ended with exit code {error.returncode}: {shlex.join(command)}", *words]
+        raise PipeditError("\n".join(said)) from None
+    return done.stdout

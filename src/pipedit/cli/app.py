@@ -10,7 +10,7 @@ import typer
 
 from pipedit.cli import errors
 from pipedit.cli.bench import bench
-from pipedit.cli.console import Session, session_of
+from pipedit.cli.console import Session, replace_closed_streams, session_of
 from pipedit.cli.doctor import doctor
 from pipedit.cli.generate import EPILOG, generate, open_engine
 from pipedit.cli.models import models
@@ -61,6 +61,7 @@ def _root(
 
 def run(arguments: Sequence[str], session: Session | None = None) -> int:
     """Runs one command line and returns the exit code. Nothing escapes but SystemExit of shell completion."""
+    replace_closed_streams()
     if session is None:
         session = Session(open_engine=open_engine)
     session.as_json = "--json" in arguments  # known before the command line is understood, so that this can fail too

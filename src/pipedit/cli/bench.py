@@ -1,17 +1,19 @@
 """`pipedit bench`: measurements anybody can repeat. Every figure comes with the machine, the commit and the command."""
 
+import contextlib
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from pipedit.cli.console import Session, session_of
+from pipedit.cli.console import session_of
 from pipedit.cli.options import Command, Group, JsonFlag
-from pipedit.core.errors import InvalidRequestError
-from pipedit.core.staging import write_text_whole
+from pipedit.core.errors import InvalidRequestError, PipeditError
+from pipedit.core.staging import target_problems, write_text_whole
 from pipedit.core.units import format_bytes, format_seconds
 
 bench = typer.Typer(help="Measure speed and memory on this machine.", cls=Group, no_args_is_help=True)
@@ -28,7 +30,9 @@ Height = Annotated[int | None, typer.Option(help="Height in pixels (default: the
 Width = Annotated[int | None, typer.Option(help="Width in pixels (default: the model's).")]
 Steps = Annotated[int | None, typer.Option("--num-inference-steps", help="Denoising steps (default: the model's).")]
 TextLength = Annotated[int | None, typer.Option("--max-sequence-length", help="Text tokens (default: the model's).")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="Also write the JSON result to this file.")]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Also write the JSON result to this file; replaces it.")
+]
 
 
 @bench.command("generate", cls=Command)
@@ -52,6 +56,7 @@ def bench_generate(
     output: Output = None,
 ) -> None:
     """End to end against the plain diffusers pipeline: same weights, same machine, interleaved."""
+    _check_target(output)
     from pipedit.bench import generate
 
     session = session_of(context)
@@ -63,9 +68,10 @@ def bench_generate(
         )  # fmt: skip
         result = generate.run(plan)
     _name_random(result, random_model)
-    _finish(session, result, output)
+    session.report.update(result)
     if not as_json:
         session.terminal.table(_generate_table(result))
+    _write(result, output)
 
 
 @bench.command("memory", cls=Command)
@@ -83,6 +89,7 @@ def bench_memory(
     output: Output = None,
 ) -> None:
     """Peak memory of a whole process against the number of frames, beside plain diffusers. On the CPU."""
+    _check_target(output)
     from pipedit.bench import generate, memory
 
     session = session_of(context)
@@ -92,9 +99,10 @@ def bench_memory(
         chosen = _model(model, random_model, Path(scratch))
         result = memory.run(generate.GenerateBench(model=chosen, settings=settings, dtype=dtype), counts)
     _name_random(result, random_model)
-    _finish(session, result, output)
+    session.report.update(result)
     if not as_json:
         session.terminal.table(_memory_table(result))
+    _write(result, output)
 
 
 @bench.command("device", cls=Command)
@@ -111,6 +119,7 @@ def bench_device(
     output: Output = None,
 ) -> None:
     """Rates of attention, linear layers and VAE decoding at a model's shapes: a device profile for planning."""
+    _check_target(output)
     import dataclasses
 
     from pipedit.bench.device import measure
@@ -124,8 +133,6 @@ def bench_device(
         engine = Engine(_model(model, random_model, Path(scratch)), device=device, dtype=dtype)
         (request,) = engine.prepare([VideoRequest(prompt="a red ball moves right", seed=0, **settings)])
         profile = measure(engine, request)
-    if output is not None:
-        write_profile(profile, output)
     session.report.update(dataclasses.asdict(profile))
     if not as_json:
         table = Table("work", "dtype", "shape", "rate", title=profile.device, box=None)
@@ -133,6 +140,9 @@ def bench_device(
             shape = ", ".join(f"{name} {size}" for name, size in rate.shape.items())
             table.add_row(rate.kind, rate.dtype, shape, f"{rate.operations_per_s / 1e9:.1f} GFLOP/s")
         session.terminal.table(table)
+    if output is not None:
+        with _writing(output):
+            write_profile(profile, output)
 
 
 def _settings(
@@ -174,10 +184,25 @@ def _counts(text: str) -> list[int]:
         raise InvalidRequestError([f"--num-frames {text} should be numbers separated by commas"]) from None
 
 
-def _finish(session: Session, result: dict[str, Any], output: Path | None) -> None:
-    session.report.update(result)
+def _check_target(output: Path | None) -> None:
+    """Before the measurement: it may take an hour."""
+    if output is not None and (problems := target_problems(output)):
+        raise InvalidRequestError(problems)
+
+
+def _write(result: dict[str, Any], output: Path | None) -> None:
+    """After everything is shown, so that a full disk loses no figure."""
     if output is not None:
-        write_text_whole(output, json.dumps(result, indent=1) + "\n")
+        with _writing(output):
+            write_text_whole(output, json.dumps(result, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PipeditError(f"{output} could not be written: {error.strerror or error}") from error
 
 
 def _generate_table(result: dict[str, Any]) -> Table:

@@ -73,6 +73,13 @@ class Terminal:
         self.err.print(Text.assemble(("hint: ", "bold cyan"), text), soft_wrap=True)
 
 
+def replace_closed_streams() -> None:
+    """What a shell has closed (`>&-`) becomes the null device: nobody reads it, and no file gets its number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - lives as long as the process
+
+
 @dataclasses.dataclass(kw_only=True)
 class Session:
     """What a command works with. `report` becomes the JSON document: commands fill it as they go.

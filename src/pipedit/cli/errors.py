@@ -122,9 +122,13 @@ def _usage(error: typer.TyperException) -> Problem:
     command = context.command_path if context is not None else "pipedit"
     # Empty: a group without a command, whose help is already on the screen.
     message = error.format_message().removesuffix(".") or f"{command} needs a command"
+    hints = [f"see {command} --help"]
+    unknown = getattr(error, "option_name", "--")
+    if command.endswith("generate") and (not unknown.startswith("--") or any(c.isspace() for c in unknown)):
+        hints.insert(0, f'put -- before a prompt that begins with a dash: {command} -- "-10 degrees"')
     return Problem(
         kind="bad_input",
         messages=(message[:1].lower() + message[1:],),
-        hints=(f"see {command} --help",),
+        hints=tuple(hints),
         exit_code=BAD_INPUT,
     )

@@ -4,9 +4,10 @@ Loads no weights and, unless a CUDA device is asked for, no torch: wrong input i
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from pipedit.cli.outputs import file_problems, name_outputs, output_problems
+from pipedit.cli.outputs import file_problems, name_of_prompt, name_outputs, output_files, output_problems
 from pipedit.cli.prompts import dtype_of, gather_wishes, labels_of, read_like
 from pipedit.core.errors import InvalidRequestError
 from pipedit.core.request import VideoRequest
@@ -31,12 +32,17 @@ class Order:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """One video to make. `number` counts from 1 up to `of`."""
+    """One video to make. `number` counts from 1 up to `of`.
+
+    `replace`: what lies at `output` may be replaced. `series` is the name to count from where nobody chose `output`.
+    """
 
     number: int
     of: int
     request: VideoRequest
     output: str
+    replace: bool = False
+    series: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,14 +70,30 @@ def make_plan(order: Order) -> Plan:
     outputs = name_outputs(order.output, checked.requests, own, overwrite=order.overwrite)
     problems += output_problems(outputs, checked.requests, pattern=order.output, overwrite=order.overwrite)
     if order.trace is not None:
-        problems += file_problems(order.trace, overwrite=order.overwrite, outputs=outputs)
+        taken = {file for pair in zip(outputs, checked.requests, strict=True) for file in output_files(*pair)}
+        problems += file_problems(order.trace, overwrite=order.overwrite, taken=taken)
     if problems:
         raise InvalidRequestError(list(dict.fromkeys(problems)))
-    jobs = tuple(
-        Job(number=number, of=len(outputs), request=request, output=output)
-        for number, (request, output) in enumerate(zip(checked.requests, outputs, strict=True), start=1)
-    )
-    return Plan(settings=settings, jobs=jobs, like=like)
+    return Plan(settings=settings, jobs=_jobs(order, checked.requests, outputs, own), like=like)
+
+
+def _jobs(
+    order: Order, requests: Sequence[VideoRequest], outputs: Sequence[str], own: Sequence[str | None]
+) -> tuple[Job, ...]:
+    jobs = []
+    for number, (request, output, given) in enumerate(zip(requests, outputs, own, strict=True), start=1):
+        series = name_of_prompt(request.prompt) if given is None and order.output is None else None
+        jobs.append(
+            Job(
+                number=number,
+                of=len(outputs),
+                request=request,
+                output=output,
+                replace=order.overwrite,
+                series=series,
+            )
+        )
+    return tuple(jobs)
 
 
 def _read_like(order: Order) -> tuple[VideoMetadata | None, list[str]]:

@@ -3,24 +3,27 @@
 -o out.mp4               one prompt; with several: out-1.mp4, out-2.mp4, ...
 -o "{index}_{seed}.mp4"  placeholders: the number of the prompt, counted from 1, and its seed
 nothing                  a-red-ball-moves-right.mp4 in the current folder, with a number if that exists
+
+Files that exist are refused before the work, and never replaced after it (see `pipedit.media.open_writer`).
 """
 
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from pipedit.core.request import VideoRequest
-from pipedit.core.staging import target_problems
-from pipedit.media import check_output
-from pipedit.media.lossless import FrameNames
+from pipedit.core.staging import target_problems, text_problems
+from pipedit.media import check_output, existing_files, files_of, numbered
 
 Number = TypeVar("Number", int, float)
 _PLACEHOLDER = re.compile(r"\{(index|seed)\}")
 _MAX_SLUG = 60  # characters
 _DEFAULT_ENDING = ".mp4"
+_SENSELESS = 1e12  # sizes, rates and counts from here on: refused for other reasons
+_MOST_FRAMES = 10_000  # whose names are looked at: more are refused for other reasons
 
 
 def name_outputs(
@@ -28,13 +31,14 @@ def name_outputs(
 ) -> list[str]:
     """One name for each request: its own where it has one, else from the pattern, else from its prompt."""
     names: list[str] = []
+    reserved = [name for name in own if name is not None]
     for index, (request, given) in enumerate(zip(requests, own, strict=True), start=1):
         if given is not None:
             names.append(given)
         elif pattern is not None:
             names.append(_fill(pattern, index, request.seed, is_only=len(requests) == 1))
         else:
-            names.append(_free_name(request.prompt, taken=names, overwrite=overwrite))
+            names.append(_free_name(name_of_prompt(request.prompt), taken=[*reserved, *names], overwrite=overwrite))
     return names
 
 
@@ -54,14 +58,32 @@ def output_problems(
         # What is wrong with a pattern is wrong with every name made of it: said once, of the pattern.
         problems += [text.replace(name, pattern) for text in found] if pattern is not None else found
         writable += [] if found else [name]
-    return [*dict.fromkeys(problems), *_existing_problems(writable, overwrite=overwrite), *_collisions(names)]
+    existing = [str(file) for name in writable for file in existing_files(name)[:1]]
+    collisions = _collisions(names, [output_files(*pair) for pair in zip(names, requests, strict=True)])
+    return [*dict.fromkeys(problems), *_existing_problems(existing, overwrite=overwrite), *collisions]
 
 
-def file_problems(path: str, *, overwrite: bool, outputs: Sequence[str] = ()) -> list[str]:
-    """Why no other file, such as a trace, can be written."""
-    if any(Path(path) == Path(output) for output in outputs):
-        return [f"{path} is already the name of a video; choose another one"]
-    return target_problems(Path(path)) or _existing_problems([path], overwrite=overwrite)
+def output_files(name: str, request: VideoRequest) -> list[str]:
+    """Every file that the clip becomes, each in the one form that tells it from others. Empty for what is no name."""
+    if not name or text_problems(name):
+        return []
+    files = files_of(name, min(_known(request.num_frames) or 1, _MOST_FRAMES))
+    folder = os.path.realpath(files[0].parent)
+    return [os.path.join(folder, file.name) for file in files]
+
+
+def file_problems(path: str, *, overwrite: bool, taken: Collection[str] = ()) -> list[str]:
+    """Why no other file, such as a trace, can be written. `taken` are the files of the videos (see `output_files`)."""
+    if found := target_problems(Path(path)):
+        return found
+    if os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)) in taken:
+        return [f"{path} is already the name of a video or of a part of one; choose another one"]
+    return _existing_problems([path] if os.path.lexists(path) else [], overwrite=overwrite)
+
+
+def name_of_prompt(prompt: str) -> str:
+    """The file that a prompt gets where none is named."""
+    return slug(prompt) + _DEFAULT_ENDING
 
 
 def slug(prompt: str) -> str:
@@ -80,29 +102,24 @@ def _fill(pattern: str, index: int, seed: int | None, *, is_only: bool) -> str:
     values = {"index": str(index), "seed": str(seed)}
     if is_only or _PLACEHOLDER.search(pattern):
         return _PLACEHOLDER.sub(lambda match: values[match[1]], pattern)
-    if pattern.endswith("/"):
-        return f"{pattern.rstrip('/')}-{index}/"
-    stem, ending = os.path.splitext(pattern)
-    return f"{stem}-{index}{ending}"
+    return numbered(pattern, index)
 
 
-def _free_name(prompt: str, *, taken: Sequence[str], overwrite: bool) -> str:
-    stem, number = slug(prompt), 1
-    name = stem + _DEFAULT_ENDING
+def _free_name(series: str, *, taken: Sequence[str], overwrite: bool) -> str:
+    name, number = series, 1
     while name in taken or (not overwrite and os.path.lexists(name)):
         number += 1
-        name = f"{stem}-{number}{_DEFAULT_ENDING}"
+        name = numbered(series, number)
     return name
 
 
 def _known(value: Number | None) -> Number | None:
     """A size, as far as it makes sense; that it does not is another check's business."""
-    return value if isinstance(value, int | float) and value > 0 else None
+    return value if isinstance(value, int | float) and 0 < value < _SENSELESS else None
 
 
-def _existing_problems(names: Sequence[str], *, overwrite: bool) -> list[str]:
-    found = [] if overwrite else [existing for name in names if (existing := _existing(name)) is not None]
-    if not found:
+def _existing_problems(found: Sequence[str], *, overwrite: bool) -> list[str]:
+    if overwrite or not found:
         return []
     if len(found) == 1:
         return [f"{found[0]} exists; choose another name, or add --overwrite to replace it"]
@@ -110,22 +127,19 @@ def _existing_problems(names: Sequence[str], *, overwrite: bool) -> list[str]:
     return [f"{first} exist; choose other names, or add --overwrite to replace them"]
 
 
-def _existing(name: str) -> str | None:
-    """A file that writing to `name` would replace."""
-    if name.endswith("/") or name.lower().endswith(".png"):
-        names = FrameNames.of(name)
-        present = names.present()
-        return str(names.folder / names.name(present[0])) if present else None
-    return name if os.path.lexists(name) else None
-
-
-def _collisions(names: Sequence[str]) -> list[str]:
-    places: dict[Path, list[int]] = {}
-    for number, name in enumerate(names, start=1):
-        places.setdefault(Path(os.path.abspath(name)), []).append(number)
+def _collisions(names: Sequence[str], files: Sequence[Sequence[str]]) -> list[str]:
+    """A sentence for each group of prompts that share a file, with the first one that they share."""
+    writers: dict[str, list[int]] = {}
+    for number, of_one in enumerate(files, start=1):
+        for file in of_one:
+            writers.setdefault(file, []).append(number)
+    shared: dict[tuple[int, ...], str] = {}
+    for file, numbers in writers.items():
+        if len(numbers) > 1:
+            same_name = len({names[number - 1] for number in numbers}) == 1
+            shared.setdefault(tuple(numbers), names[numbers[0] - 1] if same_name else os.path.relpath(file))
     return [
-        f"prompts {' and '.join(map(str, numbers))} would be written to the same file {names[numbers[0] - 1]}; "
+        f"prompts {' and '.join(map(str, numbers))} would be written to the same file {file}; "
         "put {index} into the name"
-        for numbers in places.values()
-        if len(numbers) > 1
+        for numbers, file in shared.items()
     ]

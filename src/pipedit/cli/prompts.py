@@ -4,6 +4,7 @@ Later sources win: the file given with --like, then a line of a prompt file, the
 """
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -81,6 +82,8 @@ def dtype_of(metadata: VideoMetadata) -> str:
 
 def _read_lines(prompt_file: str) -> list[str]:
     if prompt_file == STDIN:
+        if sys.stdin is None:
+            raise OSError(errno.EBADF, "stdin is closed")
         return sys.stdin.read().splitlines()
     # Not str.splitlines on the whole: JSON may hold line separators of Unicode inside a string.
     return Path(prompt_file).read_text(encoding="utf-8-sig").split("\n")
@@ -114,6 +117,10 @@ def _parse(line: str, source: str) -> Wish | list[str]:
         values = json.loads(line)
     except json.JSONDecodeError as error:
         return [f"not JSON: {error.msg} at column {error.colno}"]
+    except ValueError:  # the other one: Python limits the digits of a number
+        return ["it holds a number of thousands of digits; write a smaller one"]
+    except RecursionError:
+        return ['lists or objects are nested too deeply; write one object such as {"prompt": "a red ball"}']
     if not isinstance(values, dict):
         return ['each line must be a JSON object, such as {"prompt": "a red ball moves right", "seed": 1}']
     settings = {name: value for name, value in values.items() if name not in _TEXT_FIELDS}

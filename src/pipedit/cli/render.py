@@ -103,6 +103,8 @@ class Rendering:
             fps=request.fps,
             num_frames=request.num_frames,
             metadata=self._engine.metadata(request),
+            replace=job.replace,
+            series=job.series,
         )
 
     def _take(self, update: Update) -> Result | Failure | None:
@@ -117,7 +119,7 @@ class Rendering:
             case Finished():
                 with self._writing(update.request_id):
                     video.writer.close()
-                return self._end(update, _result(video, update))
+                return self._end(update, _ending(video, update))
             case Failed():
                 return self._end(update, Failure(job=video.job, error=update.error))
             case Cancelled():
@@ -163,6 +165,19 @@ class Rendering:
         )
         video.write_s += end_s - start_s
         video.num_writes += 1
+
+
+def _ending(video: _Open, update: Finished) -> Result | Failure:
+    """A file that appeared in the meantime is never replaced unasked: the video lies beside it. That is what numbers
+    are for where the name was ours, but no success where somebody gave it."""
+    wanted, written = video.job.output, video.writer.target
+    if written == wanted:
+        return _result(video, update)
+    if video.job.series is None:
+        said = f"{wanted} appeared while the video was made and is left as it was; the video is in {written}"
+        return Failure(job=video.job, error=PipeditError(said))
+    video.job = dataclasses.replace(video.job, output=written)
+    return _result(video, update)
 
 
 def _result(video: _Open, update: Finished) -> Result:

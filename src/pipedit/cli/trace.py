@@ -39,6 +39,8 @@ def trace(
     """
     session = session_of(context)
     session.terminal.quiet = quiet
+    if not Path(file).name:
+        raise InvalidRequestError([f'"{file}" names no file; give the one that pipedit generate --trace wrote'])
     picture = output if output is not None else str(Path(file).with_suffix(".svg"))
     timeline = _draw(file, picture)
     session.report.update(_report(timeline), picture=picture)

@@ -26,8 +26,9 @@ class Video:
         return self.request.fps
 
     def save(self, path: str | Path) -> Path:
-        """Writes the video; the ending decides the format (.mp4, .gif, .png, .npy, or "folder/" for PNG frames).
-        Raises InvalidRequestError where that cannot work."""
+        """Writes the video and replaces what was there; the ending decides the format (.mp4, .gif, .png, .npy, or
+        "folder/" for PNG frames: as text, for a Path drops the slash). Raises InvalidRequestError where that cannot
+        work."""
         num_frames, height, width, _ = self.frames.shape
         writer = open_writer(
             path, width=width, height=height, fps=self.fps, num_frames=num_frames, metadata=self.metadata

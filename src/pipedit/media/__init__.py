@@ -3,6 +3,7 @@
 from pipedit.media.contact_sheet import contact_sheet, evenly
 from pipedit.media.frame_writer import Frames, FrameWriter
 from pipedit.media.metadata import VideoMetadata
+from pipedit.media.names import existing_files, files_of, numbered
 from pipedit.media.outputs import ENDINGS, check_output, open_writer
 from pipedit.media.reading import read_frames, read_metadata
 from pipedit.media.timeline_picture import PICTURE_ENDINGS, check_picture, render_png, save_picture
@@ -17,6 +18,9 @@ __all__ = [
     "check_picture",
     "contact_sheet",
     "evenly",
+    "existing_files",
+    "files_of",
+    "numbered",
     "open_writer",
     "read_frames",
     "read_metadata",

@@ -1,6 +1,7 @@
 """MP4 and GIF by PyAV, frame by frame. Memory does not grow with the length of the clip."""
 
 import contextlib
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,20 +21,27 @@ _BT709 = 1  # the code of ITU-R BT.709 for primaries, transfer and matrix alike 
 # machine, so that the same clip would become another file elsewhere.
 _X264 = {"crf": "17", "preset": "medium", "rc-lookahead": "20", "threads": "4"}
 _GIF_TRAILER = b"\x3b"
+MIN_GIF_FPS = 0.002  # at most 65535 hundredths of a second for a frame
+MIN_MP4_FPS, MAX_MP4_FPS = 0.001, 100_000  # the container counts in 32 bits
 MAX_GIF_FPS = 50  # GIF counts hundredths of a second, and browsers slow down below two of them
 
 
-def mp4_problems(clip_width: int | None, clip_height: int | None) -> list[str]:
+def mp4_problems(clip_width: int | None, clip_height: int | None, fps: float | None) -> list[str]:
     """H.264 with 4:2:0 chroma has one colour sample for 2 x 2 pixels, so both sizes must be even."""
-    odd = [size for size in (clip_width, clip_height) if size is not None and size % 2]
-    if not odd:
-        return []
-    return [f"MP4 needs an even width and height, not {clip_width} x {clip_height}; use even sizes, .gif, .png or .npy"]
+    problems, sizes = [], f"{clip_width} x {clip_height}"
+    if any(size is not None and size % 2 for size in (clip_width, clip_height)):
+        problems.append(f"MP4 needs an even width and height, not {sizes}; use even sizes, .gif, .png or .npy")
+    if fps is not None and not MIN_MP4_FPS <= fps <= MAX_MP4_FPS:
+        allowed = f"{MIN_MP4_FPS} to {MAX_MP4_FPS} frames per second"
+        problems.append(f"MP4 can show {allowed}, {fps:g} were asked for; use a rate between, .png or .npy")
+    return problems
 
 
 def gif_problems(fps: float | None) -> list[str]:
-    if fps is None or fps <= MAX_GIF_FPS:
+    if fps is None or MIN_GIF_FPS <= fps <= MAX_GIF_FPS:
         return []
+    if fps < MIN_GIF_FPS:
+        return [f"GIF cannot show less than {MIN_GIF_FPS} frames per second, {fps:g} were asked for; use more or .npy"]
     return [f"GIF cannot show more than {MAX_GIF_FPS} frames per second, {fps:g} were asked for; use fewer or .mp4"]
 
 
@@ -43,9 +51,11 @@ class _EncodedWriter(FrameWriter):
     _container: av.container.OutputContainer | None = None
     _stream: av.video.stream.VideoStream
 
-    def __init__(self, path: Path, clip: ClipFormat, metadata: VideoMetadata | None) -> None:
-        super().__init__(path.parent, clip, metadata)
-        self._name = path.name
+    def __init__(
+        self, target: str, clip: ClipFormat, metadata: VideoMetadata | None, *, replace: bool, series: str | None
+    ) -> None:
+        super().__init__(target, clip, metadata, replace=replace, series=series)
+        self._name = Path(target).name
         self._rate = Fraction(clip.fps).limit_denominator(10_000)
 
     def _timed(self, picture: av.VideoFrame) -> av.VideoFrame:
@@ -73,7 +83,7 @@ class Mp4Writer(_EncodedWriter):
 
     def _begin(self, staging: Staging) -> None:
         path = staging.path(self._name)
-        self._container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+        self._container = av.open(_plain(path), "w", format="mp4", options={"movflags": "+faststart"})
         if self._metadata is not None:
             self._container.metadata.update(comment=self._metadata.to_json(), title=self._metadata.title)
         stream = self._container.add_stream("libx264", rate=self._rate, options=_X264)
@@ -103,7 +113,7 @@ class GifWriter(_EncodedWriter):
 
     def _begin(self, staging: Staging) -> None:
         self._path = staging.path(self._name)
-        self._container = av.open(str(self._path), "w", format="gif", options={"loop": "0"})
+        self._container = av.open(_plain(self._path), "w", format="gif", options={"loop": "0"})
         self._stream = self._container.add_stream("gif", rate=self._rate)
         self._stream.width, self._stream.height, self._stream.pix_fmt = self._clip.width, self._clip.height, "pal8"
         self._stream.codec_context.time_base = Fraction(1, 100)
@@ -148,6 +158,11 @@ class GifWriter(_EncodedWriter):
         self._close_container()
         if self._metadata is not None:
             _append_gif_comment(self._path, self._metadata.to_json().encode("ascii"))
+
+
+def _plain(path: Path) -> str:
+    """FFmpeg takes `12:30.mp4` for something of the protocol `12`; with a folder in front it is a file."""
+    return os.path.abspath(path)
 
 
 def _append_gif_comment(path: Path, comment: bytes) -> None:

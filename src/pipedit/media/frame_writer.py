@@ -13,6 +13,7 @@ import numpy as np
 
 from pipedit.core.staging import Staging
 from pipedit.media.metadata import VideoMetadata
+from pipedit.media.names import files_of, numbered
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]  # [F, H, W, 3] uint8, RGB
 
@@ -32,10 +33,16 @@ class FrameWriter(abc.ABC):
 
     Nothing touches the disk before the first frame. Until `close` everything lies in a hidden folder beside the
     target, so that an abort, an exception or an interrupt leaves no half-written file.
+
+    `replace`: what lies at the target gives way. Else it stays, even if it appeared while the clip was made: the clip
+    then gets the next free number, counted from `series` (the target, if not given), and `target` says its true name.
     """
 
-    def __init__(self, folder: Path, clip: ClipFormat, metadata: VideoMetadata | None) -> None:
-        self._folder, self._clip, self._metadata = folder, clip, metadata
+    def __init__(
+        self, target: str, clip: ClipFormat, metadata: VideoMetadata | None, *, replace: bool, series: str | None
+    ) -> None:
+        self.target, self._clip, self._metadata = target, clip, metadata
+        self._replace, self._series = replace, series or target
         self._staging: Staging | None = None
         self._is_over = False
         self.num_written = 0
@@ -47,7 +54,7 @@ class FrameWriter(abc.ABC):
             raise ValueError("the writer is closed")
         self._check(frames)
         if self._staging is None:
-            self._staging = Staging(self._folder)
+            self._staging = Staging(files_of(self.target, 1)[0].parent)
             self._begin(self._staging)
         for frame in frames:
             self._put(np.ascontiguousarray(frame))
@@ -60,7 +67,8 @@ class FrameWriter(abc.ABC):
         try:
             staging = self._check_complete()
             self._finish()
-            self.paths = staging.publish()
+            self.paths = staging.publish() if self._replace else self._publish_new(staging)
+            self._published()
         except BaseException:
             self.abort()
             raise
@@ -76,6 +84,16 @@ class FrameWriter(abc.ABC):
         finally:
             if self._staging is not None:
                 self._staging.discard()
+
+    def _publish_new(self, staging: Staging) -> tuple[Path, ...]:
+        given = [path.name for path in files_of(self.target, self.num_written)]
+        number = 1
+        while True:
+            try:
+                return staging.publish_new(dict(zip(given, files_of(self.target, self.num_written), strict=True)))
+            except FileExistsError:
+                number += 1
+                self.target = numbered(self._series, number)
 
     def __enter__(self) -> Self:
         return self
@@ -106,6 +124,9 @@ class FrameWriter(abc.ABC):
     def _drop(self) -> None:
         """Closes what is open, in whatever state it is; may follow a failed `_begin`, `_put` or `_finish`."""
 
+    def _published(self) -> None:  # noqa: B027 - most formats have nothing to do
+        """Called when the files are in their place."""
+
     # -- checks -------------------------------------------------------------------------------------------------
 
     def _check(self, frames: Frames) -> None:
@@ -115,7 +136,7 @@ class FrameWriter(abc.ABC):
             raise ValueError(f"frames must be uint8 [F, {wanted[0]}, {wanted[1]}, 3], not {given}")
 
     def _check_complete(self) -> Staging:
-        if self._staging is None:
+        if self._staging is None or not self.num_written:
             raise ValueError("no frames were written")
         if self._clip.num_frames not in (None, self.num_written):
             raise ValueError(f"{self.num_written} frames were written, {self._clip.num_frames} were announced")

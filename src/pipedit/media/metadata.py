@@ -38,7 +38,7 @@ class VideoMetadata:
 
     def request(self) -> VideoRequest:
         """The request that makes the video again. Raises InvalidRequestError for settings unknown to this version."""
-        unknown = sorted(set(self.settings) - set(FIELD_NAMES))
+        unknown = sorted(set(self.settings) - (set(FIELD_NAMES) - {"prompt"}))
         if unknown:
             names = ", ".join(unknown)
             raise InvalidRequestError([f"the video was made with settings that this pipedit does not know: {names}"])
@@ -59,7 +59,7 @@ def parse_metadata(text: str | None, *, source: str) -> VideoMetadata:
     problem = f"{source} holds no pipedit settings: it was not made by pipedit, or another program has removed them"
     try:
         values = json.loads(text or "")
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or none of ours: a number of thousands of digits, endless nesting
         raise InvalidRequestError([problem]) from None
     if not isinstance(values, dict) or values.pop(_MARK, None) != _MARK_VALUE:
         raise InvalidRequestError([problem])

@@ -10,8 +10,8 @@ from PIL import Image, UnidentifiedImageError
 
 from pipedit.core.errors import InvalidRequestError
 from pipedit.media.frame_writer import Frames
-from pipedit.media.lossless import FrameNames, sidecar
 from pipedit.media.metadata import VideoMetadata, parse_metadata
+from pipedit.media.names import FrameNames, is_frames, sidecar
 
 
 def read_frames(path: str | os.PathLike[str]) -> Frames:
@@ -46,7 +46,7 @@ def read_metadata(path: str | os.PathLike[str]) -> VideoMetadata:
 
 
 def _is_png(text: str) -> bool:
-    return text.endswith("/") or os.path.isdir(text) or text.lower().endswith(".png")
+    return is_frames(text) or os.path.isdir(text)
 
 
 def _png_files(text: str) -> list[Path]:
@@ -77,7 +77,8 @@ def _open_image(file: Path) -> Image.Image:
 
 def _open_video(text: str) -> av.container.InputContainer:
     try:
-        container = av.open(text)
+        # Absolute: FFmpeg would take `12:30.mp4` for a protocol. Tags of other programs need not be UTF-8.
+        container = av.open(os.path.abspath(text), metadata_errors="replace")
     except av.FFmpegError as error:
         raise InvalidRequestError([f"{text} cannot be read as a video: {error.strerror}"]) from error
     if container.streams.video:
@@ -99,5 +100,5 @@ def _read_array(text: str) -> Frames:
 def _text_or_none(file: Path) -> str | None:
     try:
         return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, UnicodeDecodeError):  # what is no text holds no settings
         return None
