@@ -64,7 +64,7 @@ def tables(result: dict[str, Any]) -> str:
     if result["two_shapes"]:
         pairs = ", ".join(f"{name} {value:.2f}" for name, value in result["two_shapes"].items())
         lines += ["", f"Two shapes in one clip (share of clips in which both are right): {pairs}."]
-    missed = ", ".join(f"{k} {v:.3f} instead of {THRESHOLDS[k]:.2f}" for k, v in result["missed"].items())
+    missed = ", ".join(f"{k} {v:.4f} instead of {THRESHOLDS[k]:.2f}" for k, v in result["missed"].items())
     return "\n".join([*lines, "", f"Missed thresholds: {missed or 'none'}."])
 
 
@@ -75,10 +75,10 @@ def _row(cells: list[Any]) -> str:
 def fill(card: Path, name: str, text: str) -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
     content = card.read_text()
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(content):
         raise SystemExit(f"{card} has no markers <!-- {name} --> ... <!-- /{name} -->")
-    card.write_text(pattern.sub(lambda match: match[1] + text + match[2], content))
+    card.write_text(pattern.sub(lambda match: f"{match[1]}{text}\n{match[2]}", content))
 
 
 if __name__ == "__main__":
