@@ -146,7 +146,7 @@ def _unwrapped(position: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros(1), steps.cumsum(0)])
 
 
-def _turns(way: torch.Tensor, least: float = 3.0) -> int:
+def _turns(way: torch.Tensor, least: float = 2.0) -> int:
     """How often the way turns back by more than `least` pixels."""
     turns, direction, extreme = 0, 0, float(way[0])
     for value in way.tolist():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipedit.core.errors import InvalidRequestError
+from pipedit.core.staging import write_text_whole
 from pipedit.plan.costs import Operations
 
 KINDS = ("attention", "linear", "convolution")
@@ -49,7 +50,7 @@ class DeviceProfile:
 
 def write_profile(profile: DeviceProfile, path: Path) -> None:
     content = {"format": _FORMAT, **dataclasses.asdict(profile)}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_profile(path: Path) -> DeviceProfile:
