@@ -12,6 +12,7 @@ from pipedit.cli.order import Plan
 from pipedit.cli.progress import Display, make_display
 from pipedit.cli.render import Failure, Rendering, Result
 from pipedit.cli.summary import summarize, try_next
+from pipedit.core.errors import PipeditError
 from pipedit.engine.engine import Engine
 from pipedit.models.registry import EMBEDDED
 from pipedit.plan.timeline import Timeline
@@ -39,10 +40,12 @@ def fulfil(session: Session, plan: Plan, *, like: str | None, trace: str | None)
         timeline = _timeline(engine, rendering, plan)
     load_s = sum(span.duration_s for span in timeline.spans if span.what == "load")
     report.update(load_s=load_s, total_s=time.perf_counter() - start_s)
-    if trace is not None:
-        write_trace(trace, timeline)
-        report["trace"] = trace
-    _tell_results(session, plan, results, load_s=load_s, trace=trace)
+    if results:
+        session.terminal.say(summarize(results, load_s=load_s))
+    if trace is not None:  # after the summary, so that a full disk does not take that away too
+        _write_trace(session, trace, timeline)
+    if results and plan.settings.model == EMBEDDED:
+        session.terminal.say(try_next())
     if failures:
         raise typer.Exit(_tell_failures(session, failures, num_jobs=len(plan.jobs)))
 
@@ -76,14 +79,13 @@ def _timeline(engine: Engine, rendering: Rendering, plan: Plan) -> Timeline:
     )
 
 
-def _tell_results(session: Session, plan: Plan, results: Sequence[Result], *, load_s: float, trace: str | None) -> None:
-    terminal = session.terminal
-    if results:
-        terminal.say(summarize(results, load_s=load_s))
-    if trace is not None:
-        terminal.say(f"timeline in {trace}: open it at ui.perfetto.dev, or draw it with: pipedit trace {trace}")
-    if results and plan.settings.model == EMBEDDED:
-        terminal.say(try_next())
+def _write_trace(session: Session, trace: str, timeline: Timeline) -> None:
+    try:
+        write_trace(trace, timeline)
+    except OSError as error:
+        raise PipeditError(f"{trace} could not be written: {error.strerror or error}") from error
+    session.report["trace"] = trace
+    session.terminal.say(f"timeline in {trace}: open it at ui.perfetto.dev, or draw it with: pipedit trace {trace}")
 
 
 def _tell_failures(session: Session, failures: Sequence[Failure], *, num_jobs: int) -> int:
