@@ -1,12 +1,8 @@
 """Where things are in a HunyuanVideo checkpoint: configs, factors, shapes, layers. Read by adapter and stages."""
 
-import dataclasses
-from typing import Any
-
-from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import LayerSplit
-from pipedit.models.checkpoint import Checkpoint
 from pipedit.models.config_needs import ConfigNeeds
+from pipedit.models.layout import Layout
 
 CONFIG_NEEDS = {
     "transformer": ConfigNeeds(
@@ -44,18 +40,7 @@ CONFIG_NEEDS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class HunyuanVideoLayout:
-    checkpoint: Checkpoint
-
-    @property
-    def transformer_config(self) -> dict[str, Any]:
-        return self.checkpoint.config("transformer")
-
-    @property
-    def vae_config(self) -> dict[str, Any]:
-        return self.checkpoint.config("vae")
-
+class HunyuanVideoLayout(Layout):
     @property
     def temporal_factor(self) -> int:
         return int(self.vae_config.get("temporal_compression_ratio", 4))
@@ -63,13 +48,6 @@ class HunyuanVideoLayout:
     @property
     def spatial_factor(self) -> int:
         return int(self.vae_config.get("spatial_compression_ratio", 8))
-
-    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int, int]:
-        """[1, C, F, H, W] of the latents."""
-        assert request.num_frames and request.height and request.width
-        frames = (request.num_frames - 1) // self.temporal_factor + 1
-        channels = int(self.transformer_config["in_channels"])
-        return (1, channels, frames, request.height // self.spatial_factor, request.width // self.spatial_factor)
 
     def layer_split(self) -> LayerSplit:
         config = self.transformer_config

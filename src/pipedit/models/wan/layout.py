@@ -1,12 +1,8 @@
 """Where things are in a Wan checkpoint: configs, factors, shapes, layers. Read by the adapter and by its stages."""
 
-import dataclasses
-from typing import Any
-
-from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import LayerSplit
-from pipedit.models.checkpoint import Checkpoint
 from pipedit.models.config_needs import ConfigNeeds
+from pipedit.models.layout import Layout
 
 TRANSFORMER_NEEDS = ConfigNeeds(
     integers=(
@@ -42,18 +38,7 @@ CONFIG_NEEDS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class WanLayout:
-    checkpoint: Checkpoint
-
-    @property
-    def transformer_config(self) -> dict[str, Any]:
-        return self.checkpoint.config("transformer")
-
-    @property
-    def vae_config(self) -> dict[str, Any]:
-        return self.checkpoint.config("vae")
-
+class WanLayout(Layout):
     @property
     def has_two_experts(self) -> bool:
         return self.checkpoint.has("transformer_2") and self.checkpoint.index.get("boundary_ratio") is not None
@@ -75,13 +60,6 @@ class WanLayout:
     @property
     def spatial_factor(self) -> int:
         return int(self.vae_config.get("scale_factor_spatial", 8))
-
-    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int, int]:
-        """[1, C, F, H, W] of the latents."""
-        assert request.num_frames and request.height and request.width
-        frames = (request.num_frames - 1) // self.temporal_factor + 1
-        channels = int(self.transformer_config["in_channels"])
-        return (1, channels, frames, request.height // self.spatial_factor, request.width // self.spatial_factor)
 
     def layer_split(self) -> LayerSplit:
         layers = tuple(f"blocks.{layer}" for layer in range(self.transformer_config["num_layers"]))
