@@ -1,0 +1,92 @@
+"""Runs a function on several gloo ranks, each a process of its own, and hands back what each returned."""
+
+import contextlib
+import datetime
+import queue
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+Job = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+class Ranks:
+    """`world_size` processes that stay, because starting one takes seconds; `run` may be called many times."""
+
+    def __init__(self, world_size: int, folder: Path) -> None:
+        context = mp.get_context("spawn")
+        self.world_size = world_size
+        self._jobs = [context.Queue() for _ in range(world_size)]
+        self._results = context.Queue()
+        self._processes = [
+            context.Process(
+                target=_serve,
+                args=(rank, world_size, str(folder / "store"), self._jobs[rank], self._results),
+                daemon=True,
+            )
+            for rank in range(world_size)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+        """`function(rank, world_size, *args)` on every rank; what they return, by rank. Raises RuntimeError with the
+        traceback of the first rank that failed. `function` must be importable."""
+        for jobs in self._jobs:
+            jobs.put((function, args))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(results) < self.world_size:
+            try:
+                rank, value, error = self._results.get(timeout=max(deadline - time.monotonic(), 0.01))
+            except queue.Empty:
+                missing = sorted(set(range(self.world_size)) - results.keys())
+                raise RuntimeError(f"ranks {missing} gave no answer within {timeout_s} s") from None
+            if error is not None:
+                raise RuntimeError(f"rank {rank} failed:\n{error}")
+            results[rank] = value
+        return [results[rank] for rank in range(self.world_size)]
+
+    def close(self) -> None:
+        for jobs in self._jobs:
+            jobs.put(None)
+        for process in self._processes:
+            process.join(5.0)
+            if process.is_alive():
+                process.kill()
+                process.join(5.0)
+
+
+@contextlib.contextmanager
+def ranks(world_size: int) -> Iterator[Ranks]:
+    with tempfile.TemporaryDirectory() as folder:
+        group = Ranks(world_size, Path(folder))
+        try:
+            yield group
+        finally:
+            group.close()
+
+
+def _serve(rank: int, world_size: int, store: str, jobs: Any, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    while (job := jobs.get()) is not None:
+        function, args = job
+        try:
+            results.put((rank, function(rank, world_size, *args), None))
+        except BaseException:  # noqa: BLE001 - the test process raises it again
+            results.put((rank, None, traceback.format_exc()))
+    dist.destroy_process_group()
