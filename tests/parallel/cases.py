@@ -2,17 +2,22 @@
 
 import dataclasses
 import datetime
+import functools
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from pipedit.core.errors import InvalidRequestError
 from pipedit.core.parallel import ParallelConfig
+from pipedit.core.spans import Span
 from pipedit.models.sequence import AttentionCall
 from pipedit.parallel.channel import Channel
 from pipedit.parallel.exchange import KEY, QUERY, VALUE, ExchangeShape, Inward, Outward
 from pipedit.parallel.pipesp import Overlap
+from pipedit.parallel.record import Record
 from pipedit.parallel.runtime import ParallelRuntime
 from pipedit.parallel.splits import chunk_heads, ranges
 from pipedit.parallel.workspace import Workspace
@@ -116,6 +121,7 @@ def run_cases(
                 "bytes": runtime.workspace_bytes,
             }
         )
+    runtime.close()
     return reports
 
 
@@ -138,7 +144,7 @@ def run_wrong_order(rank: int, world_size: int) -> float:
 def run_exchanges(rank: int, world_size: int, splits: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[float]:
     """In and out again through the bare exchange; differences to what each rank should hold."""
     channels = [
-        Channel.open(range(world_size), rank, device=torch.device("cpu"), timeout=datetime.timedelta(seconds=30))
+        Channel.open([range(world_size)], rank, device=torch.device("cpu"), timeout=datetime.timedelta(seconds=30))
         for _ in range(2)
     ]
     workspace, differences = Workspace(torch.device("cpu")), []
@@ -163,3 +169,49 @@ def run_exchanges(rank: int, world_size: int, splits: Sequence[tuple[tuple[int, 
             inward.finish()
             differences.append(_difference(outward.wait()[0], parts[VALUE][:, :, run]))
     return differences
+
+
+def run_recorded(rank: int, world_size: int, case: Case, chunks: int) -> list[Span]:
+    """The spans of one attention."""
+    runtime = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu")
+    runtime.use(ParallelConfig(ulysses_degree=world_size, pipesp_chunks=chunks))
+    runtime.record = Record(time.perf_counter, rank=rank)
+    run_case(runtime, case)
+    return runtime.record.spans
+
+
+def run_branches(rank: int, world_size: int) -> dict[str, Any]:
+    """Two predictions on a mesh with a CFG axis; how many this rank computed, and what came out."""
+    runtime = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu")
+    computed: list[int] = []
+
+    def predict(branch: int) -> torch.Tensor:
+        computed.append(branch)
+        return torch.arange(6.0).reshape(2, 3) * (branch + 1)
+
+    def both() -> list[torch.Tensor]:
+        return runtime.branches([functools.partial(predict, 0), functools.partial(predict, 1)])
+
+    before = both()
+    runtime.use(ParallelConfig(cfg_degree=2, ulysses_degree=world_size // 2))
+    computed.clear()
+    after = both()
+    return {
+        "computed": computed.copy(),
+        "equal": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
+        "alone": len(runtime.branches([functools.partial(predict, 0)])),
+    }
+
+
+def run_misuse(rank: int, world_size: int) -> list[str]:
+    """Sentences of what is refused."""
+    runtime, sentences = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu"), []
+    for attempt in (
+        lambda: runtime.use(ParallelConfig(ulysses_degree=world_size + 1)),
+        lambda: (runtime.use(ParallelConfig(ulysses_degree=world_size)), runtime.begin_forward(world_size - 1)),
+    ):
+        try:
+            attempt()
+        except InvalidRequestError as error:
+            sentences.append(str(error))
+    return sentences

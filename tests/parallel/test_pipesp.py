@@ -7,7 +7,15 @@ import pytest
 from hypothesis import strategies as st
 
 from pipedit.core.parallel import ParallelConfig
-from tests.parallel.cases import Case, run_cases, run_exchanges, run_wrong_order
+from tests.parallel.cases import (
+    Case,
+    run_branches,
+    run_cases,
+    run_exchanges,
+    run_misuse,
+    run_recorded,
+    run_wrong_order,
+)
 from tests.parallel.ranks import Ranks
 
 Group = Callable[[int], Ranks]
@@ -96,3 +104,34 @@ def test_helpers_without_tokens_and_owners_without_heads(gloo: Group) -> None:
     splits = [((5, 0, 9), (2, 3, 0)), ((1, 0, 0), (0, 4, 1)), ((7, 7, 7), (0, 0, 5)), ((0, 3, 1), (1, 1, 1))]
     for differences in gloo(3).run(run_exchanges, splits):
         assert max(differences) == 0.0
+
+
+def test_spans_say_what_was_computed_and_what_travelled(gloo: Group) -> None:
+    case = Case(tokens=64, heads=8, head_dim=16)
+    for rank, spans in enumerate(gloo(2).run(run_recorded, case, 4)):
+        assert {(span.rank, span.role, span.what) for span in spans} == {
+            (rank, "compute", "attention"),
+            (rank, "compute", "wait"),
+            (rank, "network", "input exchange"),
+            (rank, "network", "output exchange"),
+        }
+        assert all(span.end_s >= span.start_s for span in spans)
+        moved = {span.what: 0 for span in spans if span.role == "network"}
+        for span in spans:
+            if span.what in moved:
+                moved[span.what] += span.payload_bytes
+        half = 32 * 4 * 16 * 4  # half of the tokens, half of the heads, in bytes
+        assert moved == {"input exchange": 3 * half, "output exchange": half}
+
+
+def test_guidance_branches_are_shared_and_come_out_the_same(gloo: Group) -> None:
+    for rank, report in enumerate(gloo(4).run(run_branches)):
+        assert report == {"computed": [rank // 2], "equal": True, "alone": 1}
+
+
+def test_what_cannot_be_shared_is_refused_in_words(gloo: Group) -> None:
+    for sentences in gloo(2).run(run_misuse):
+        assert sentences == [
+            "cfg 1 x ring 1 x ulysses 3 is for 3 workers, but there are 2",
+            "1 latent tokens cannot be shared by 2 workers; take fewer workers or a larger video",
+        ]

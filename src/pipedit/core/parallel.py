@@ -47,6 +47,26 @@ class MeshPosition:
     ulysses_group: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshGroups:
+    """All groups of each axis, as indices; each is a partition of 0 .. world_size - 1."""
+
+    cfg: tuple[tuple[int, ...], ...]
+    sequence: tuple[tuple[int, ...], ...]
+    ring: tuple[tuple[int, ...], ...]
+    ulysses: tuple[tuple[int, ...], ...]
+
+
+def mesh_groups(config: ParallelConfig) -> MeshGroups:
+    positions = [mesh_position(config, index) for index in range(config.world_size)]
+    return MeshGroups(
+        cfg=tuple(sorted({position.cfg_group for position in positions})),
+        sequence=tuple(sorted({position.sequence_group for position in positions})),
+        ring=tuple(sorted({position.ring_group for position in positions})),
+        ulysses=tuple(sorted({position.ulysses_group for position in positions})),
+    )
+
+
 def mesh_position(config: ParallelConfig, index: int) -> MeshPosition:
     """The place of rank number `index` (0 .. world_size - 1)."""
     assert 0 <= index < config.world_size, (index, config)

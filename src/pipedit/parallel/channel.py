@@ -51,16 +51,37 @@ class Channel:
         self._is_nccl = group is not None and dist.get_backend(group) == "nccl"
 
     @classmethod
-    def open(cls, ranks: Sequence[int], rank: int, *, device: torch.device, timeout: datetime.timedelta) -> "Channel":
-        """Makes the process group. All of `ranks`, and only they, call it, in the same order as other channels."""
-        if len(ranks) == 1:
-            return cls(ranks, rank)
+    def open(
+        cls,
+        groups: Sequence[Sequence[int]],
+        rank: int,
+        *,
+        device: torch.device,
+        timeout: datetime.timedelta,
+    ) -> "Channel":
+        """Makes a process group for each of `groups` (disjoint; one holds `rank`) and returns the one of `rank`.
+
+        Every rank of torch.distributed calls this, with the same groups and in the same order: torch names process
+        groups by how many there were before, and groups that are made among some ranks only may get other names on
+        each of them and then wait for ever.
+        """
         backend = "nccl" if device.type == "cuda" else "gloo"
-        group = dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
-        if backend == "nccl":
+        mine = None
+        for ranks in groups:
+            group = dist.new_group(list(ranks), timeout=timeout, backend=backend) if len(ranks) > 1 else None
+            if rank in ranks:
+                mine = cls(ranks, rank, group)
+        assert mine is not None, f"rank {rank} is in none of {groups}"
+        if mine.group is not None and backend == "nccl":
             # The communicator is made by the first operation, which needs every member; later ones may skip some.
-            dist.all_reduce(torch.zeros(1, device=device), group=group)
-        return cls(ranks, rank, group)
+            dist.all_reduce(torch.zeros(1, device=device), group=mine.group)
+        return mine
+
+    def close(self) -> None:
+        """Ends the process group; every member does. Nothing may be on its way."""
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+        self.group = None
 
     @property
     def size(self) -> int:

@@ -4,8 +4,8 @@ PipeDiT (section 3.1) hides the output exchange of a head under the attention of
 in flight: while chunk c is computed, the chunks after it arrive and those before it leave; and the ends, which have
 nothing to hide under in the paper, are hidden too:
 
-* the first chunk's value, key and query leave one by one, each under the projection of the next one, and attention
-  starts with the own queries while the others' are still on their way;
+* the first chunk's value, query and key leave one by one, each under the projection of the next one, and attention
+  starts over the own keys, with the own queries, while the others' are still on their way;
 * in the last chunk the others' rows are computed first and leave under the attention of the own rows, which need not
   travel.
 """
@@ -14,12 +14,13 @@ import collections
 import dataclasses
 import enum
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from pipedit.parallel.calls import Call, Kernel, Result, key_mask
 from pipedit.parallel.channel import Channel, Transport
+from pipedit.parallel.early import EarlyAttention
 from pipedit.parallel.exchange import KEY, QUERY, VALUE, ExchangeShape, Inward, Outward
 from pipedit.parallel.record import Record
 from pipedit.parallel.workspace import Workspace
@@ -117,8 +118,8 @@ class PipeSP:
         run = inward.run
         if chunk == 0 and self._splits_rows:
             inward.send_part(VALUE, call.value(run))
-            inward.send_part(KEY, call.key(run))
             inward.send_part(QUERY, call.query(run))
+            inward.send_part(KEY, call.key(run))
         else:
             value = call.value(run)
             inward.send_all((call.query(run), call.key(run), value))
@@ -128,50 +129,78 @@ class PipeSP:
 
     def _compute(self, inward: Inward, chunk: int, mask: torch.Tensor | None) -> Outward:
         """Attention of this rank's heads; posts the result as soon as the others' rows are done."""
-        lines, shape = self._lines, self._shape
-        slot = chunk % (self._behind + 1)
-        outward = Outward(lines.outward, shape, chunk, lines.workspace, slot, self._schedule.transport, self._record)
-        others, own = self._portions(chunk)
-        self._wait(inward, chunk, KEY, VALUE)
-        if own is not None and chunk == 0:
-            self._attend_to(own, inward, outward, chunk, mask)
-        self._wait(inward, chunk, QUERY)
-        self._attend_to(others, inward, outward, chunk, mask)
-        outward.post()
-        if own is not None and chunk > 0:
-            self._attend_to(own, inward, outward, chunk, mask)
+        lines, slot = self._lines, chunk % (self._behind + 1)
+        outward = Outward(
+            lines.outward, self._shape, chunk, lines.workspace, slot, self._schedule.transport, self._record
+        )
+        is_last = chunk == len(self._shape.chunks) - 1
+        if chunk == 0 and self._splits_rows and not is_last:
+            self._put(outward, self._everybody, self._start_early(inward, mask))
+            outward.post()
+            return outward
+        self._wait(inward, chunk, QUERY, KEY, VALUE)
+        if is_last and self._splits_rows:
+            self._put(outward, self._others, self._attend(inward, chunk, mask, self._rows(self._others)))
+            outward.post()
+            own = (self._lines.index,)
+            self._put(outward, own, self._attend(inward, chunk, mask, [self._shape.rows[self._lines.index]]))
+        else:
+            self._put(outward, self._everybody, self._attend(inward, chunk, mask, [slice(0, self._shape.all_rows)]))
+            outward.post()
         return outward
 
-    def _portions(self, chunk: int) -> tuple["Portion", "Portion | None"]:
-        """Whose query rows go through the kernel together: everybody's; in the first and in the last chunk the others'
-        and then, or before, the own ones."""
-        count, members = len(self._shape.chunks), range(len(self._shape.tokens))
-        if not self._splits_rows or 0 < chunk < count - 1:
-            return Portion(members=tuple(members), with_text=self._shape.text_tokens > 0), None
-        others = tuple(member for member in members if member != self._lines.index)
-        return (
-            Portion(members=others, with_text=self._shape.text_tokens > 0),
-            Portion(members=(self._lines.index,), with_text=False),
-        )
+    def _start_early(self, inward: Inward, mask: torch.Tensor | None) -> torch.Tensor:
+        """The first chunk, which nothing was computed before: its attention begins with what is here."""
+        shape, me = self._shape, self._lines.index
+        own, text = shape.rows[me], slice(shape.latent_tokens, shape.all_rows)
+        parts = [inward.view(part) for part in (QUERY, KEY, VALUE)]
+        if inward.own_heads == 0:
+            self._wait(inward, 0, QUERY, KEY, VALUE)
+            return parts[0]
+        # The text's keys follow the last rank's: there they are one run with the own ones.
+        keys = slice(own.start, shape.all_rows if own.stop == shape.latent_tokens else own.stop)
+        query, key, value = parts
+        early = EarlyAttention(query, key, value, mask, keys, self._lines.workspace)
+        with self._record.measure("attention", 0):
+            early.add([own, text])
+        self._wait(inward, 0, QUERY)
+        with self._record.measure("attention", 0):
+            early.add([slice(0, own.start), slice(own.stop, shape.latent_tokens)])
+        self._wait(inward, 0, KEY, VALUE)
+        with self._record.measure("attention", 0):
+            return early.finish()
 
-    def _attend_to(
-        self, portion: "Portion", inward: Inward, outward: Outward, chunk: int, mask: torch.Tensor | None
-    ) -> None:
-        shape = self._shape
-        rows = [shape.rows[member] for member in portion.members]
-        if portion.with_text:
-            rows.append(slice(shape.latent_tokens, shape.all_rows))
-        counts = [each.stop - each.start for each in rows]
-        if inward.own_heads == 0 or sum(counts) == 0:
-            return
+    def _attend(self, inward: Inward, chunk: int, mask: torch.Tensor | None, rows: Sequence[slice]) -> torch.Tensor:
+        """[B, n, Q, D] of these query rows; none of them if this rank has no heads in the chunk."""
         query = _pick(inward.view(QUERY), rows)
+        if query.numel() == 0:
+            return query
         with self._record.measure("attention", chunk):
-            result = self._kernel(query, inward.view(KEY), inward.view(VALUE), mask)
-        pieces = list(torch.split(result, counts, dim=2))
-        if portion.with_text:
-            outward.put_text(pieces.pop())
-        for member, piece in zip(portion.members, pieces, strict=True):
+            return self._kernel(query, inward.view(KEY), inward.view(VALUE), mask)
+
+    @property
+    def _everybody(self) -> tuple[int, ...]:
+        return tuple(range(len(self._shape.tokens)))
+
+    @property
+    def _others(self) -> tuple[int, ...]:
+        return tuple(member for member in self._everybody if member != self._lines.index)
+
+    def _rows(self, members: Sequence[int]) -> list[slice]:
+        """Query rows of the members' tokens, and of the text."""
+        return [
+            *(self._shape.rows[member] for member in members),
+            slice(self._shape.latent_tokens, self._shape.all_rows),
+        ]
+
+    def _put(self, outward: Outward, members: Sequence[int], result: torch.Tensor) -> None:
+        """Hands each member its rows of the result, and the text's rows to all if they are there."""
+        counts = [self._shape.tokens[member] for member in members]
+        *pieces, text = torch.split(result, [*counts, result.shape[2] - sum(counts)], dim=2)
+        for member, piece in zip(members, pieces, strict=True):
             outward.put(piece, member)
+        if text.shape[2]:
+            outward.put_text(text)
 
     def _wait(self, inward: Inward, chunk: int, *parts: int) -> None:
         with self._record.measure("wait", chunk):
@@ -184,15 +213,7 @@ class PipeSP:
         return Result(heads=outward.run, latents=latents, text=text)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Portion:
-    """Query rows of some members, and of the text."""
-
-    members: tuple[int, ...]
-    with_text: bool
-
-
-def _pick(query: torch.Tensor, rows: list[slice]) -> torch.Tensor:
+def _pick(query: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
     """These rows of [B, n, S + T, D]: a view where they are in one piece."""
     if all(before.stop == after.start for before, after in itertools.pairwise(rows)):
         return query[:, :, rows[0].start : rows[-1].stop]

@@ -1,4 +1,4 @@
-"""What a strategy did and when: attention, waits, and transfers in the background, for pictures and for benches.
+"""What a strategy did and when, as spans: attention, waits, and transfers in the background.
 
 Off unless asked for, and then it costs nothing. Times are those of the host's clock, so it is for CPU ranks; on CUDA
 the work runs behind the host's back and a profiler sees more.
@@ -9,52 +9,45 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 
+from pipedit.core.spans import Span
 from pipedit.parallel.channel import Pending
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
-    """`what` is "attention", "wait", "input exchange" or "output exchange"; times in seconds."""
-
-    what: str
-    chunk: int
-    start_s: float
-    end_s: float
-    payload_bytes: int = 0
-
-
 class Record:
-    """Collects entries while it has a clock."""
+    """Collects spans while it has a clock. Their role is "compute" ("attention", "wait") or "network" ("input
+    exchange", "output exchange", with the bytes that come in or go out), their index the chunk."""
 
-    def __init__(self, clock: Callable[[], float] | None = None) -> None:
-        self._clock = clock
-        self.entries: list[Entry] = []
+    def __init__(self, clock: Callable[[], float] | None = None, *, rank: int = 0) -> None:
+        self._clock, self._rank = clock, rank
+        self.spans: list[Span] = []
 
     @contextlib.contextmanager
     def measure(self, what: str, chunk: int) -> Iterator[None]:
         if self._clock is None:
             yield
             return
-        start = self._clock()
+        start_s = self._clock()
         yield
-        self.entries.append(Entry(what=what, chunk=chunk, start_s=start, end_s=self._clock()))
+        self.spans.append(dataclasses.replace(self._begun("compute", what, chunk, start_s), end_s=self._clock()))
 
     def watch(self, pending: Pending, what: str, chunk: int, payload_bytes: int) -> Pending:
         """The same transfer; while recording, a thread waits for it, to see when it was really there."""
         if self._clock is None or payload_bytes == 0:
             return pending
-        return _Watched(
-            pending,
-            self,
-            self._clock,
-            Entry(what=what, chunk=chunk, start_s=self._clock(), end_s=0.0, payload_bytes=payload_bytes),
-        )
+        span = self._begun("network", what, chunk, self._clock(), payload_bytes)
+        return _Watched(pending, self.spans, self._clock, span)
+
+    def _begun(self, role: str, what: str, chunk: int, start_s: float, payload_bytes: int = 0) -> Span:
+        return Span(
+            request_id="", rank=self._rank, role=role, what=what, start_s=start_s, end_s=start_s, index=chunk,
+            payload_bytes=payload_bytes,
+        )  # fmt: skip
 
 
 class _Watched(Pending):
-    def __init__(self, pending: Pending, record: Record, clock: Callable[[], float], entry: Entry) -> None:
+    def __init__(self, pending: Pending, spans: list[Span], clock: Callable[[], float], span: Span) -> None:
         super().__init__()
-        self._pending, self._record, self._clock, self._entry = pending, record, clock, entry
+        self._pending, self._spans, self._clock, self._span = pending, spans, clock, span
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -67,4 +60,4 @@ class _Watched(Pending):
 
     def _watch(self) -> None:
         self._pending.wait_received()
-        self._record.entries.append(dataclasses.replace(self._entry, end_s=self._clock()))
+        self._spans.append(dataclasses.replace(self._span, end_s=self._clock()))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from pipedit.core.errors import InvalidRequestError
-from pipedit.core.parallel import AUTO, MeshPosition, ParallelConfig, mesh_position
+from pipedit.core.parallel import AUTO, MeshPosition, ParallelConfig, mesh_groups, mesh_position
 from pipedit.parallel.calls import Call, Kernel, Result, key_mask
 from pipedit.parallel.channel import Channel, Transport
 from pipedit.parallel.exchange import ExchangeShape
@@ -67,18 +67,18 @@ class ParallelRuntime:
         self._ranks, self._rank, self._device, self._timeout = tuple(ranks), rank, torch.device(device), timeout
         self._overlap = overlap
         self._workspace = Workspace(self._device)
-        self._channels: dict[tuple[str, tuple[int, ...]], Channel] = {}
+        self._channels: dict[tuple[str, tuple[tuple[int, ...], ...]], Channel] = {}
         self._meshes: dict[ParallelConfig, _Mesh] = {}
         self._mesh: _Mesh | None = None
         self._tokens: tuple[int, ...] = ()
         self.tuner = Tuner(self._device, clock)
-        self.record = Record()
+        self.record = Record()  # replaced by whoever wants to see what happens
 
     # -- the split ----------------------------------------------------------------------------------------------
 
     def use(self, config: ParallelConfig) -> None:
-        """Splits the work like this from now on. Every rank calls it with the same; making a split's process groups
-        for the first time waits for all of its ranks."""
+        """Splits the work like this from now on. Every rank of torch.distributed calls it with the same: the first
+        time, a split's process groups are made, for which all wait."""
         if config.world_size not in (1, len(self._ranks)):
             raise InvalidRequestError(
                 [f"{config.describe()} is for {config.world_size} workers, but there are {len(self._ranks)}"]
@@ -87,6 +87,11 @@ class ParallelRuntime:
         if mesh is None:
             mesh = self._meshes[config] = self._make_mesh(config)
         self._mesh = mesh
+
+    def reset(self) -> None:
+        """After something failed: messages may be left in the process groups, so the next `use` makes new ones. Every
+        rank calls it. What was learnt about chunks, and the buffers, stay."""
+        self.close()
 
     @property
     def config(self) -> ParallelConfig:
@@ -104,27 +109,35 @@ class ParallelRuntime:
         ranks = (self._rank,) if alone else self._ranks
         position = mesh_position(config, ranks.index(self._rank))
 
-        def channel(purpose: str, group: Sequence[int]) -> Channel:
-            return self._channel(purpose, tuple(ranks[index] for index in group))
+        groups = mesh_groups(config)
+
+        def channel(purpose: str, parts: Sequence[Sequence[int]]) -> Channel:
+            return self._channel(purpose, tuple(tuple(ranks[index] for index in part) for part in parts))
 
         return _Mesh(
             config=config,
             position=position,
             lines=Lines(
-                inward=channel("inward", position.ulysses_group),
-                outward=channel("outward", position.ulysses_group),
+                inward=channel("inward", groups.ulysses),
+                outward=channel("outward", groups.ulysses),
                 workspace=self._workspace,
             ),
-            ring=channel("ring", position.ring_group),
-            rows=channel("rows", position.sequence_group),
-            branches=channel("branches", position.cfg_group),
+            ring=channel("ring", groups.ring),
+            rows=channel("rows", groups.sequence),
+            branches=channel("branches", groups.cfg),
         )
 
-    def _channel(self, purpose: str, ranks: tuple[int, ...]) -> Channel:
-        key = (purpose, ranks)
+    def _channel(self, purpose: str, groups: tuple[tuple[int, ...], ...]) -> Channel:
+        key = (purpose, groups)
         if key not in self._channels:
-            self._channels[key] = Channel.open(ranks, self._rank, device=self._device, timeout=self._timeout)
+            self._channels[key] = Channel.open(groups, self._rank, device=self._device, timeout=self._timeout)
         return self._channels[key]
+
+    def close(self) -> None:
+        """Ends the process groups that `use` made. Every rank calls it; afterwards each works alone."""
+        for channel in self._channels.values():
+            channel.close()
+        self._channels, self._meshes, self._mesh = {}, {}, None
 
     # -- what a model asks for ----------------------------------------------------------------------------------
 
@@ -231,6 +244,7 @@ class ParallelRuntime:
         ring = RingAttention(
             mesh.ring,
             [sum(self._tokens[first : first + degree]) for first in range(0, len(self._tokens), degree)],
+            self._workspace,
         )
         return lambda query, key, value, mask: ring(query, key, value, text_tokens=text_tokens, mask=mask)
 
