@@ -13,6 +13,7 @@ from pipedit.core.errors import (
     InsufficientMemoryError,
     InvalidRequestError,
     PipeditError,
+    WorkerDiedError,
     WorkerError,
 )
 from pipedit.core.request import VideoRequest
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from pipedit.engine.engine import Engine
     from pipedit.engine.generate import generate
     from pipedit.engine.video import Video
+    from pipedit.worker.pipeline import parallelize
 
 _LAZY = {
     "Engine": "pipedit.engine.engine",
     "Video": "pipedit.engine.video",
     "generate": "pipedit.engine.generate",
+    "parallelize": "pipedit.worker.pipeline",
 }
 
 __all__ = [
@@ -38,9 +41,11 @@ __all__ = [
     "PipeditError",
     "Video",
     "VideoRequest",
+    "WorkerDiedError",
     "WorkerError",
     "__version__",
     "generate",
+    "parallelize",
 ]
 
 

@@ -206,12 +206,14 @@ def run_branches(rank: int, world_size: int) -> dict[str, Any]:
 def run_misuse(rank: int, world_size: int) -> list[str]:
     """Sentences of what is refused."""
     runtime, sentences = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu"), []
-    for attempt in (
-        lambda: runtime.use(ParallelConfig(ulysses_degree=world_size + 1)),
-        lambda: (runtime.use(ParallelConfig(ulysses_degree=world_size)), runtime.begin_forward(world_size - 1)),
-    ):
-        try:
-            attempt()
-        except InvalidRequestError as error:
-            sentences.append(str(error))
+    try:
+        runtime.use(ParallelConfig(ulysses_degree=world_size + 1))
+    except InvalidRequestError as error:
+        sentences.append(str(error))
+    runtime.use(ParallelConfig(ulysses_degree=world_size))
+    try:
+        runtime.begin_forward(world_size - 1)
+    except InvalidRequestError as error:
+        sentences.append(str(error))
+    runtime.close()
     return sentences

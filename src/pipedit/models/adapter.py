@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import enum
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pipedit.core.errors import CheckpointError
@@ -18,11 +18,14 @@ from pipedit.core.request import RequestDefaults, VideoRequest
 from pipedit.models.checkpoint import Checkpoint
 from pipedit.models.config_needs import ConfigNeeds, config_problems
 from pipedit.models.noise_schedulers import scheduler_problem
+from pipedit.models.sequence import SequenceParallel
 from pipedit.plan.costs import RequestCost
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from pipedit.models.rows import RowGroup
 
 
 class QueryKeyNorm(enum.StrEnum):
@@ -112,6 +115,18 @@ class PromptFrame:
     cropped_tokens: int = 0
 
 
+class StageParallel(SequenceParallel, Protocol):
+    """What a denoise stage asks of the ranks that share its work."""
+
+    def branches(self, predictions: Sequence[Callable[[], "torch.Tensor"]]) -> "list[torch.Tensor]":
+        """The results of all predictions (conditional, unconditional), on every rank."""
+
+
+def one_after_the_other(predictions: Sequence[Callable[[], "torch.Tensor"]]) -> "list[torch.Tensor]":
+    """`StageParallel.branches` of a rank alone."""
+    return [predict() for predict in predictions]
+
+
 class TextStage(Protocol):
     """Prompt -> conditioning tensors. The dictionary's keys are the adapter's own business."""
 
@@ -126,6 +141,10 @@ class DenoiseStage(Protocol):
 
     def step(self, state: Any, index: int) -> None: ...
 
+    def attach(self, parallel: StageParallel) -> None:
+        """Shares every later step with other ranks, which must take the same steps at the same time. Once, before
+        `compile_layers`."""
+
     def compile_layers(self) -> None:
         """torch.compile of the repeated layers only: one compilation serves all of them."""
 
@@ -136,10 +155,14 @@ class DenoiseStage(Protocol):
 class DecodeStage(Protocol):
     """Clean latents -> frames, chunk by chunk in order. The state belongs to one request."""
 
+    def attach(self, group: "RowGroup") -> None:
+        """Shares the work with other ranks, from the next request on. Each of them has the whole latents and is asked
+        for the same chunks in the same order."""
+
     def begin(self, request: VideoRequest, latents: "torch.Tensor") -> Any: ...
 
-    def chunk(self, state: Any, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-        """Frames of chunk `index`, [frames, height, width, 3] uint8."""
+    def chunk(self, state: Any, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
+        """Frames of chunk `index`, [frames, height, width, 3] uint8. In a group, None on all ranks but the first."""
 
 
 class ModelAdapter(abc.ABC):
@@ -219,15 +242,29 @@ class ModelAdapter(abc.ABC):
     @abc.abstractmethod
     def attention_sites(self) -> Sequence[AttentionSite]: ...
 
+    @property
+    def heads(self) -> int:
+        """Attention heads that ranks can deal out among themselves: the same at every site."""
+        return self.attention_sites()[0].heads
+
     @abc.abstractmethod
     def layer_split(self) -> LayerSplit: ...
 
     @abc.abstractmethod
-    def num_decode_chunks(self, request: VideoRequest) -> int: ...
+    def uses_guidance(self, request: VideoRequest) -> bool:
+        """Whether every step of the completed request takes two forwards, with and against the prompt
+        (classifier-free guidance)."""
 
     @abc.abstractmethod
-    def cost(self, request: VideoRequest, precision: Precision, *, tiling: bool = False) -> RequestCost:
-        """From the config alone. `tiling`: the VAE decodes in spatial tiles."""
+    def num_decode_chunks(self, request: VideoRequest, decoders: int = 1) -> int:
+        """How many chunks the frames come in, where `decoders` ranks share the work of each."""
+
+    @abc.abstractmethod
+    def cost(
+        self, request: VideoRequest, precision: Precision, *, tiling: bool = False, decoders: int = 1
+    ) -> RequestCost:
+        """From the config alone. `tiling`: the VAE decodes in spatial tiles. `decoders` ranks share the decode: that
+        lowers the VAE's working bytes, which are those of the first of them; operations are those of all together."""
 
     # -- the stages ---------------------------------------------------------------------------------------------
 

@@ -53,13 +53,15 @@ class AttentionCall(abc.ABC):
         raise AssertionError("this site has no joint text")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Attended:
+class Attended(Protocol):
     """What comes out for a run of heads: `latents` [B, s, n, D] of this rank's tokens, `text` [B, T, n, D]."""
 
-    heads: slice
-    latents: "torch.Tensor"
-    text: "torch.Tensor | None" = None
+    @property
+    def heads(self) -> slice: ...
+    @property
+    def latents(self) -> "torch.Tensor": ...
+    @property
+    def text(self) -> "torch.Tensor | None": ...
 
 
 class SequenceParallel(Protocol):

@@ -1,6 +1,7 @@
 """HunyuanVideo's denoise stage: guidance as an embedding; with a negative prompt, true guidance on top of it."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,13 @@ import torch
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
 
 from pipedit.core.request import VideoRequest
-from pipedit.models.adapter import Precision
+from pipedit.models.adapter import Precision, StageParallel, one_after_the_other
 from pipedit.models.hunyuan_video.layout import HunyuanVideoLayout
+from pipedit.models.hunyuan_video.sequence import HunyuanVideoSequenceBinding
 from pipedit.models.loading import load_module
 from pipedit.models.noise_schedulers import make_noise_scheduler
 from pipedit.models.seeding import initial_noise
+from pipedit.models.sequence import attach
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -38,6 +41,7 @@ class HunyuanVideoDenoiseStage:
         transformer: HunyuanVideoTransformer3DModel,
     ) -> None:
         self._layout, self._device, self._dtype, self.transformer = layout, device, dtype, transformer
+        self._branches, self._is_attached = one_after_the_other, False
         for layer in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
             layer.register_forward_pre_hook(_without_mask)
 
@@ -55,8 +59,13 @@ class HunyuanVideoDenoiseStage:
         )
         return cls(layout, device, dtype, transformer)
 
+    def attach(self, parallel: StageParallel) -> None:
+        attach(self.transformer, HunyuanVideoSequenceBinding(self.transformer), parallel)
+        self._branches, self._is_attached = parallel.branches, True
+
     def compile_layers(self) -> None:
-        self.transformer.compile_repeated_blocks(fullgraph=True)
+        # The exchanges of attention on several ranks break graphs.
+        self.transformer.compile_repeated_blocks(fullgraph=not self._is_attached)
 
     @torch.inference_mode()
     def begin(self, request: VideoRequest, conditioning: dict[str, torch.Tensor]) -> HunyuanVideoState:
@@ -82,11 +91,13 @@ class HunyuanVideoDenoiseStage:
         time, conditioning = state.noise_scheduler.timesteps[index], state.conditioning
         latents = state.latents.to(self._dtype)
         timestep = time.expand(1).to(state.latents.dtype)
-        prediction = self._predict(latents, timestep, state.guidance, conditioning["prompt"], conditioning["pooled"])
+        texts = [(conditioning["prompt"], conditioning["pooled"])]
         if "negative" in conditioning:
-            negative = self._predict(
-                latents, timestep, state.guidance, conditioning["negative"], conditioning["negative_pooled"]
-            )
+            texts.append((conditioning["negative"], conditioning["negative_pooled"]))
+        prediction, *others = self._branches(
+            [functools.partial(self._predict, latents, timestep, state.guidance, *text) for text in texts]
+        )
+        for negative in others:
             scale = state.request.true_cfg_scale
             assert scale is not None
             prediction = negative + scale * (prediction - negative)

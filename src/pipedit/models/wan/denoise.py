@@ -1,17 +1,20 @@
 """Wan's denoise stage: one transformer, or two experts that take turns at the noise boundary."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 from pipedit.core.request import VideoRequest
-from pipedit.models.adapter import Precision
+from pipedit.models.adapter import Precision, StageParallel, one_after_the_other
 from pipedit.models.loading import load_module
 from pipedit.models.noise_schedulers import make_noise_scheduler
 from pipedit.models.seeding import initial_noise
+from pipedit.models.sequence import attach
 from pipedit.models.wan.layout import WanLayout
+from pipedit.models.wan.sequence import WanSequenceBinding
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -29,6 +32,7 @@ class WanDenoiseStage:
         self, layout: WanLayout, device: str, dtype: torch.dtype, experts: list[WanTransformer3DModel]
     ) -> None:
         self._layout, self._device, self._dtype, self.experts = layout, device, dtype, experts
+        self._branches, self._is_attached = one_after_the_other, False
 
     @classmethod
     def load(
@@ -48,9 +52,15 @@ class WanDenoiseStage:
         ]
         return cls(layout, device, dtype, experts)
 
+    def attach(self, parallel: StageParallel) -> None:
+        for expert in self.experts:
+            attach(expert, WanSequenceBinding(expert), parallel)
+        self._branches, self._is_attached = parallel.branches, True
+
     def compile_layers(self) -> None:
         for expert in self.experts:
-            expert.compile_repeated_blocks(fullgraph=True)
+            # The exchanges of attention on several ranks break graphs.
+            expert.compile_repeated_blocks(fullgraph=not self._is_attached)
 
     @torch.inference_mode()
     def begin(self, request: VideoRequest, conditioning: dict[str, torch.Tensor]) -> WanState:
@@ -74,9 +84,11 @@ class WanDenoiseStage:
         expert, scale = self._expert(state, time)
         latents = state.latents.to(self._dtype)
         timestep = self._timestep(state.latents, time)
-        prediction = self._predict(expert, latents, timestep, state.conditioning["prompt"])
-        if "negative" in state.conditioning:
-            negative = self._predict(expert, latents, timestep, state.conditioning["negative"])
+        texts = [state.conditioning[name] for name in ("prompt", "negative") if name in state.conditioning]
+        prediction, *others = self._branches(
+            [functools.partial(self._predict, expert, latents, timestep, text) for text in texts]
+        )
+        for negative in others:
             prediction = negative + scale * (prediction - negative)
         state.latents = state.noise_scheduler.step(prediction, time, state.latents, return_dict=False)[0]
 

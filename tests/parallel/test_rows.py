@@ -1,0 +1,182 @@
+"""Rows shared by gloo ranks: edges, whole pictures, pieces; and the decode of each model kind built on them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipedit.models.registry import open_model
+from pipedit.parallel.channel import Channel
+from pipedit.parallel.rows import ChannelRows
+from pipedit.parallel.splits import ranges, split_evenly
+from tests.models.parity import make_request
+from tests.parallel.ranks import Ranks
+
+Group = Callable[[int], Ranks]
+Array = np.ndarray[Any, np.dtype[Any]]
+WORLD = 4
+_groups: dict[int, ChannelRows] = {}  # of a rank's process, which stays: the first n ranks
+
+
+def _group(rank: int, size: int) -> ChannelRows:
+    """The first `size` ranks; on other ranks of no use. All process groups are made at the first call, on every rank,
+    because torch numbers them."""
+    if not _groups:
+        for count in range(1, WORLD + 1):
+            members = range(count) if rank < count else (rank,)
+            group = dist.new_group(list(range(count)))
+            channel = Channel(members, rank, group if rank < count and count > 1 else None)
+            _groups[count] = ChannelRows(ranks=members, rank=rank, device="cpu", open_channel=_always(channel))
+    return _groups[size]
+
+
+def _always(channel: Channel) -> Callable[..., Channel]:
+    return lambda *_arguments, **_options: channel
+
+
+def _picture(total: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(2, 3, total, 5, generator=torch.Generator().manual_seed(total)).mul(40).to(dtype)
+
+
+# -- what moves ---------------------------------------------------------------------------------------------------
+
+
+def edges(rank: int, _world_size: int, total: int) -> list[torch.Tensor]:
+    group = _group(rank, WORLD)
+    group.begin()
+    shares = group.shares(total)
+    if shares[rank] == 0:
+        return []
+    own = [picture.split(shares, dim=-2)[rank] for picture in (_picture(total), _picture(total)[:1] + 1)]
+    return group.with_edges(own, sum(rows > 0 for rows in shares))
+
+
+@pytest.mark.parametrize("total", [2, 4, 9, 11])
+def test_edges_are_the_neighbours_rows(total: int, gloo: Group) -> None:
+    rows = [part for part in ranges(split_evenly(total, WORLD)) if part.start < part.stop]
+    results = gloo(WORLD).run(edges, total)
+    assert results[len(rows) :] == [[]] * (WORLD - len(rows))
+    for part, (first, second) in zip(rows, results, strict=False):
+        reach = slice(max(part.start - 1, 0), part.stop + 1)
+        assert torch.equal(first, _picture(total)[..., reach, :])
+        assert torch.equal(second, _picture(total)[:1, :, reach] + 1)
+
+
+def whole(rank: int, _world_size: int, total: int, dtype: torch.dtype) -> torch.Tensor | None:
+    group = _group(rank, WORLD)
+    group.begin()
+    shares = group.shares(total)
+    return group.gather_rows(_picture(total, dtype).split(shares, dim=-2)[rank], shares) if shares[rank] else None
+
+
+@pytest.mark.parametrize(("total", "dtype"), [(3, torch.float32), (10, torch.bfloat16), (5, torch.float16)])
+def test_every_rank_with_rows_gets_the_whole_picture(total: int, dtype: torch.dtype, gloo: Group) -> None:
+    results = gloo(WORLD).run(whole, total, dtype)
+    assert all(torch.equal(result, _picture(total, dtype)) for result in results[: min(total, WORLD)])
+    assert results[total:] == [None] * max(WORLD - total, 0)
+
+
+def pieces(rank: int, _world_size: int, lengths: tuple[int, ...]) -> list[torch.Tensor] | None:
+    group = _group(rank, WORLD)
+    group.begin()
+    return group.collect(torch.full((lengths[rank],), rank, dtype=torch.uint8), lengths)
+
+
+def test_pieces_come_to_the_first_rank(gloo: Group) -> None:
+    first, *others = gloo(WORLD).run(pieces, (3, 0, 5, 1))
+    assert others == [None] * 3
+    assert [piece.tolist() for piece in first] == [[0] * 3, [], [2] * 5, [3]]
+
+
+def passed(rank: int, _world_size: int, senders: tuple[int, ...]) -> float | None:
+    group = _group(rank, WORLD)
+    group.begin()
+    incoming = torch.full((1,), -1.0) if (rank - 1) % WORLD in senders else None
+    group.pass_on(torch.full((1,), float(rank)) if rank in senders else None, incoming)
+    return None if incoming is None else float(incoming)
+
+
+def test_the_next_rank_gets_what_is_passed_on(gloo: Group) -> None:
+    assert gloo(WORLD).run(passed, (0, 1, 2, 3)) == [3, 0, 1, 2]
+    assert gloo(WORLD).run(passed, (0, 1)) == [None, 0, 1, None]
+
+
+def reset(rank: int, _world_size: int) -> list[list[torch.Tensor] | None]:
+    group = ChannelRows(ranks=range(WORLD), rank=rank, device="cpu")
+    results = []
+    for start in (0, 10):
+        group.begin()
+        results.append(group.collect(torch.full((1,), start + rank), [1] * WORLD))
+        group.reset()
+    return results
+
+
+def test_a_group_goes_on_after_a_reset(gloo: Group) -> None:
+    first, *_ = gloo(WORLD).run(reset)
+    assert [[int(piece) for piece in pieces] for pieces in first] == [[0, 1, 2, 3], [10, 11, 12, 13]]
+
+
+def test_a_reset_makes_a_fresh_channel() -> None:
+    opened: list[Channel] = []
+
+    def open_channel(groups: Sequence[Sequence[int]], rank: int, **_options: Any) -> Channel:
+        opened.append(Channel(groups[0], rank))
+        return opened[-1]
+
+    group = ChannelRows(ranks=[3], rank=3, device="cpu", open_channel=open_channel)
+    assert (group.size, group.index, opened) == (1, 0, [])
+    group.begin()
+    group.begin()
+    assert len(opened) == 1
+    group.reset()
+    with pytest.raises(AssertionError, match="begin first"):
+        group.collect(torch.ones(2), [2])
+    group.begin()
+    assert len(opened) == 2
+    assert group.collect(torch.ones(2), [2]) is not None
+
+
+# -- decoding -----------------------------------------------------------------------------------------------------
+
+CASES = {
+    "wan": ({"height": 32}, {"height": 80}),  # 4 and 10 latent rows
+    "wan22": ({"height": 112, "num_frames": 5},),
+    "wan_ti2v": ({"height": 96}, {"height": 32, "num_frames": 1}),  # 6 and 2
+    "hunyuan": ({"num_frames": 37}, {"num_frames": 65}),  # 3 and 5 temporal tiles
+}
+
+
+def decoded(rank: int, _world_size: int, folder: str, kind: str, sizes: tuple[int, ...]) -> list[list[Array | None]]:
+    """For each number of ranks (1: alone) and each case of the kind."""
+    torch.set_num_threads(1)
+    adapter = open_model(folder)
+    results = []
+    for size in sizes:
+        if rank >= size:
+            continue
+        stage = adapter.load_decode_stage("cpu", adapter.default_precision("cpu"))
+        stage.attach(_group(rank, size))
+        for settings in CASES[kind]:
+            request = make_request(adapter, kind, **settings)
+            latents = torch.randn(adapter.latent_shape(request), generator=torch.Generator().manual_seed(0))
+            state = stage.begin(request, latents)
+            results.append([stage.chunk(state, index) for index in range(adapter.num_decode_chunks(request, size))])
+    return results
+
+
+@pytest.mark.parametrize("kind", sorted(CASES))
+def test_ranks_that_decode_together_equal_one(kind: str, gloo: Group, tiny_folder: Callable[[str], Path]) -> None:
+    sizes = (1, 2, 3, 4)
+    first, *others = gloo(WORLD).run(decoded, str(tiny_folder(kind)), kind, sizes)
+    assert all(chunk is None for results in others for chunks in results for chunk in chunks)
+    videos = [np.concatenate(chunks) for chunks in first]
+    count = len(CASES[kind])
+    for number, video in enumerate(videos):
+        alone = videos[number % count]
+        assert video.shape == alone.shape
+        difference = np.abs(video.astype(int) - alone).max()
+        assert difference == 0 if kind == "hunyuan" else difference <= 1
