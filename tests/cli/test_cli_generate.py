@@ -94,7 +94,9 @@ def test_json_is_one_document_with_everything(cli: Cli) -> None:
     assert set(document) == {"model", "results", "load_s", "total_s", "trace"}
     assert [result["file"] for result in document["results"]] == ["out-1.gif", "out-2.gif"]
     result = document["results"][0]
-    assert set(result) == {"file", "prompt", "seed", "settings", "seconds", "total_s", "num_frames", "size_bytes"}
+    assert set(result) == {
+        "file", "prompt", "seed", "settings", "parallel", "seconds", "total_s", "num_frames", "size_bytes",
+    }  # fmt: skip
     assert set(result["seconds"]) == {"encode", "denoise", "decode", "write"}
     assert result["total_s"] == pytest.approx(sum(result["seconds"].values()))
     assert (result["prompt"], result["seed"], result["num_frames"]) == ("one", 3, 9)
@@ -137,15 +139,16 @@ def test_words_without_quotes_are_pointed_out(cli: Cli) -> None:
 def test_everything_wrong_comes_in_one_report(cli: Cli, tmp_path: Path) -> None:
     file = lines(tmp_path / "p.jsonl", ['{"prompt": "x", "num_frame": 9}', "{", '{"prompt": "y", "seed": -1}'])
     arguments = ["--prompt-file", file, "--like", "gone.mp4", "--num-frames", "10", "--height", "33", "--dtype", "int3"]
-    more = ["--num-inference-steps", "-2", "--num-workers", "2", "-o", "gone/x.mp5", "--trace", "gone/t.json"]
-    ran = cli("generate", "", "--model", cli.model, *arguments, *more)
+    more = ["--num-inference-steps", "-2", "--num-workers", "2", "--ulysses-degree", "3"]
+    files = ["-o", "gone/x.mp5", "--trace", "gone/t.json"]
+    ran = cli("generate", "", "--model", cli.model, *arguments, *more, *files)
     assert (ran.code, ran.out) == (2, "")
     expected = (
         "gone.mp4 does not exist",
         f"{file}:1: unknown setting num_frame; did you mean num_frames?",
         f"{file}:2: not JSON",
         "int3",
-        "num_workers=2",
+        "3 does not divide 2",
         "prompt 1: the prompt is empty",
         f"{file}:3: seed=-1",
         "num_frames=10 is not 4n+1; the nearest are 9 and 13",

@@ -24,8 +24,8 @@ from pipedit.models.wan import WanAdapter
 from pipedit.models.wan import vae_costs as wan_vae_costs
 from pipedit.models.wan.decode import WanDecodeStage
 from pipedit.plan.costs import Operations, RequestCost
-from pipedit.plan.memory import Room, SizeLadder, memory_problem
-from tests.models.peak_memory import peak_bytes
+from pipedit.plan.memory import Need, Room, SizeLadder, memory_problem
+from tests.models.peak_memory import AbsentGroup, peak_bytes
 from tests.tiny_pipelines import KINDS, QUICK_SETTINGS
 
 FLOAT32 = Precision(text_encoder="float32", transformer="float32", vae="float32")
@@ -290,6 +290,7 @@ def keep_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     for family in ("wan", "hunyuan_video"):
         monkeypatch.setattr(f"pipedit.models.{family}.decode.require_finite", lambda _latents: None)
         monkeypatch.setattr(f"pipedit.models.{family}.decode.to_frames", lambda video: video)
+        monkeypatch.setattr(f"pipedit.models.{family}.decode.to_host", lambda levels: levels)
 
 
 def test_guidance_doubles_the_forwards(open_any: Open) -> None:
@@ -339,6 +340,26 @@ def test_decode_memory_is_close(
     assert_covers(cost.parts["vae"].working, measured)
 
 
+@pytest.mark.parametrize(("dtype", "tiling"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+@pytest.mark.parametrize("decoders", [2, 8])
+@pytest.mark.parametrize("name", ["wan2.1-t2v-14b", "wan2.2-ti2v-5b", "hunyuanvideo"])
+def test_decode_memory_of_several_ranks_is_close(
+    name: str, decoders: int, dtype: str, tiling: bool, open_any: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_tensors(monkeypatch)
+    adapter = open_any(name)
+    request = make_request(adapter, name, height=480, width=832)
+    stage = make_decode_stage(cast(make_vae(adapter), getattr(torch, dtype)), tiling=tiling)
+    measured = []
+    for index in range(2):  # one has two neighbours, the other gets the frames
+        stage.attach(AbsentGroup(decoders, index))
+        measured.append(peak_bytes(lambda: decode_on_meta(stage, adapter, request, getattr(torch, dtype), 3)))
+    precision = Precision(text_encoder=dtype, transformer=dtype, vae=dtype)
+    alone, shared = (adapter.cost(request, precision, tiling=tiling, decoders=n).parts["vae"] for n in (1, decoders))
+    assert_covers(shared.working, max(measured))
+    assert alone.weights == shared.weights
+
+
 def test_mask_of_a_large_picture_decides(open_any: Open) -> None:
     """The mid block's mask grows with the square of the picture, everything else with the picture."""
     adapter = open_any("hunyuanvideo")
@@ -384,5 +405,5 @@ def test_costs_of_absurd_sizes_are_quick(name: str, tiling: bool, open_any: Open
     assert cost.num_chunks == adapter.num_decode_chunks(request) > 10**8
     room = Room(available_bytes=80 * 2**30, is_loaded=True)
     ladder = SizeLadder(frame_step=4, size_multiple=16)
-    problem = memory_problem(request, lambda r: adapter.cost(r, FLOAT32, tiling=tiling), room, ladder, {})
+    problem = memory_problem(request, lambda r: Need.of(adapter.cost(r, FLOAT32, tiling=tiling)), room, ladder, {})
     assert problem is not None

@@ -3,10 +3,11 @@
 import dataclasses
 import re
 
+from pipedit.core.parallel import ParallelConfig
 from pipedit.core.request import VideoRequest
 from pipedit.core.units import MIB
 from pipedit.plan.costs import Operations, PartBytes, RequestCost, TransformerCost
-from pipedit.plan.memory import RUNTIME_BYTES, Room, SizeLadder, memory_problem
+from pipedit.plan.memory import RUNTIME_BYTES, Need, Room, SizeLadder, memory_problem
 
 NOTHING = Operations()
 LADDER = SizeLadder(frame_step=4, size_multiple=16)
@@ -24,10 +25,14 @@ def cost_of(request: VideoRequest) -> RequestCost:
     )  # fmt: skip
 
 
+def need_of(request: VideoRequest) -> Need:
+    return Need.of(cost_of(request))
+
+
 def problem(request: VideoRequest, available_bytes: int, **room: bool) -> str | None:
     loaded = room.get("is_loaded", False)
     runtime = 0 if loaded else RUNTIME_BYTES  # the tests below count what the request itself needs
-    return memory_problem(request, cost_of, Room(available_bytes=available_bytes + runtime, **room), LADDER, {})
+    return memory_problem(request, need_of, Room(available_bytes=available_bytes + runtime, **room), LADDER, {})
 
 
 def fits(request: VideoRequest, available_bytes: int) -> bool:
@@ -35,7 +40,8 @@ def fits(request: VideoRequest, available_bytes: int) -> bool:
 
 
 def test_enough_memory_is_no_problem() -> None:
-    needed = cost_of(REQUEST).peak_bytes
+    need = need_of(REQUEST)
+    needed = need.weights + need.working
     assert fits(REQUEST, int(needed * 1.2))
     assert not fits(REQUEST, needed)  # the margin counts
 
@@ -68,18 +74,51 @@ def test_says_so_when_nothing_smaller_fits() -> None:
 
 
 def test_loaded_weights_are_not_counted_again() -> None:
-    needed_by_work = cost_of(REQUEST).peak_bytes - cost_of(REQUEST).weight_bytes
-    room = int(needed_by_work * 1.15)
+    room = int(need_of(REQUEST).working * 1.15)
     assert problem(REQUEST, room) is not None
     assert problem(REQUEST, room, is_loaded=True) is None
 
 
 def test_a_way_out_is_offered_only_where_it_helps() -> None:
-    def tiled(request: VideoRequest) -> RequestCost:
-        return dataclasses.replace(cost_of(request), parts={"vae": PartBytes(weights=100 * MIB, working=MIB)})
+    def tiled(request: VideoRequest) -> Need:
+        parts = {"vae": PartBytes(weights=100 * MIB, working=MIB)}
+        return Need.of(dataclasses.replace(cost_of(request), parts=parts))
 
     room = Room(available_bytes=RUNTIME_BYTES + 300 * MIB)
-    text = memory_problem(REQUEST, cost_of, room, LADDER, {"tiling": tiled, "prayer": cost_of})
+    text = memory_problem(REQUEST, need_of, room, LADDER, {"tiling": tiled, "prayer": need_of})
     assert text is not None
     assert "would fit: tiling, or" in text
     assert "prayer" not in text
+
+
+def test_every_worker_in_a_memory_counts() -> None:
+    one, three = need_of(REQUEST), Need.of(cost_of(REQUEST), num_workers=3)
+    assert (three.weights, three.working) == (3 * one.weights, 3 * one.working)
+    room = Room(available_bytes=0)
+    assert abs(room.needed(three) - 3 * room.needed(one)) <= 3
+    text = memory_problem(REQUEST, lambda _: three, room, LADDER, {})
+    assert text is not None
+    assert "on 3 workers need about" in text
+
+
+def test_shared_tokens_share_the_transformers_activations_but_not_the_text() -> None:
+    parts = {"text_encoder": PartBytes(weights=1, working=10), "transformer": PartBytes(weights=1, working=1000)}
+    cost = dataclasses.replace(cost_of(REQUEST), latent_tokens=900, text_tokens=100, latent_bytes=7, parts=parts)
+
+    def working(**degrees: int) -> int:
+        return Need.of(cost, ParallelConfig(**degrees)).working - cost.latent_bytes
+
+    assert working() == working(cfg_degree=2) == 1000
+    assert working(ulysses_degree=9) == 300  # 100 tokens and the text, and half as much again for the exchange
+    assert working(ring_degree=9) == 400
+    assert working(ulysses_degree=900) == 151
+
+
+def test_fewer_workers_are_offered_where_the_weights_of_all_do_not_fit() -> None:
+    three = Need.of(cost_of(REQUEST), num_workers=3)
+    room = Room(available_bytes=RUNTIME_BYTES + 6 * 1024 * MIB // 2)
+    heavy = dataclasses.replace(three, weights=room.available_bytes)
+    text = memory_problem(REQUEST, lambda _: heavy, room, LADDER, {"1 worker": need_of})
+    assert text is not None
+    assert "would fit: 1 worker" in text
+    assert "the weights alone" in str(memory_problem(REQUEST, lambda _: heavy, room, LADDER, {}))

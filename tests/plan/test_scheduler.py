@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipedit.core import messages
+from pipedit.core.errors import WorkerDiedError
+from pipedit.core.parallel import ParallelConfig
 from pipedit.core.placement import Placement
 from pipedit.core.request import VideoRequest
 from pipedit.plan.scheduler import LEGAL_TRANSITIONS, Phase, RequestScheduler, Work
@@ -195,3 +197,39 @@ def test_no_order_of_events_loses_a_request_or_a_rank(seed: int, placement: Plac
     for rank in placement.world:
         released = [c.request_id for c in told[rank] if isinstance(c, messages.Release)]
         assert sorted(released) == sorted(f"r{i}" for i in range(count))
+
+
+def test_lost_workers_fail_what_had_begun_and_leave_the_rest_for_fresh_ones() -> None:
+    scheduler = RequestScheduler(Placement(encoders=(0,), denoisers=(1,), decoders=(0,)))
+    for name in ("begun", "cancelled", "queued"):
+        scheduler.submit(name, REQUEST, Work(num_steps=3, num_chunks=1))
+    (encode,) = scheduler.next_commands()
+    scheduler.receive(answer(encode, 0))
+    assert {type(c) for c in scheduler.next_commands()} == {messages.Denoise, messages.Encode}
+    scheduler.cancel("cancelled")
+    error = WorkerDiedError("exit code 1", rank=1, doing="denoising")
+    scheduler.lose_workers(error)
+    phases = {name: scheduler.job(name).phase for name in ("begun", "cancelled", "queued")}
+    assert phases == {"begun": Phase.FAILED, "cancelled": Phase.CANCELLED, "queued": Phase.QUEUED}
+    failure = scheduler.job("begun").failure
+    assert failure is not None
+    assert failure.error is error
+    assert not any(map(scheduler.is_held, phases))
+    assert {c.request_id for c in drive(scheduler)} == {"queued"}
+    assert scheduler.job("queued").phase is Phase.DONE
+
+
+def test_after_a_failure_every_rank_is_told_so() -> None:
+    scheduler = RequestScheduler(Placement.colocated(2))
+    scheduler.submit("a", REQUEST, Work(num_steps=2, num_chunks=1))
+    (encode,) = scheduler.next_commands()
+    scheduler.receive(messages.CommandFailed(request_id="a", rank=0, doing="encoding", error=RuntimeError()))
+    scheduler.receive(answer(encode, 1))
+    releases = scheduler.next_commands()
+    assert all(isinstance(release, messages.Release) and release.after_failure for release in releases)
+    assert [release.ranks for release in releases] == [(0,), (1,)]
+    scheduler = RequestScheduler(Placement.colocated(1))
+    scheduler.submit("a", REQUEST, Work(num_steps=1, num_chunks=1, parallel=ParallelConfig(ulysses_degree=2)))
+    sent = drive(scheduler)
+    assert [c.parallel.ulysses_degree for c in sent if isinstance(c, messages.Denoise)] == [2]
+    assert not any(c.after_failure for c in sent if isinstance(c, messages.Release))

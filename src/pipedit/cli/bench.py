@@ -1,15 +1,17 @@
 """`pipedit bench`: measurements anybody can repeat. Every figure comes with the machine, the commit and the command."""
 
 import contextlib
+import enum
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.table import Table
 
+from pipedit.cli.bench_tables import overlap_table, sequence_parallel_tables
 from pipedit.cli.console import session_of
 from pipedit.cli.options import Command, Group, JsonFlag
 from pipedit.core.errors import InvalidRequestError, PipeditError
@@ -33,6 +35,17 @@ TextLength = Annotated[int | None, typer.Option("--max-sequence-length", help="T
 Output = Annotated[
     Path | None, typer.Option("-o", "--output", help="Also write the JSON result to this file; replaces it.")
 ]
+
+
+Number = TypeVar("Number")
+
+
+class Part(enum.StrEnum):
+    """What of `bench sequence-parallel`."""
+
+    ATTENTION = "attention"
+    LAYERS = "layers"
+    ALL = "all"
 
 
 @bench.command("generate", cls=Command)
@@ -93,7 +106,7 @@ def bench_memory(
     from pipedit.bench import generate, memory
 
     session = session_of(context)
-    counts = _counts(num_frames)
+    counts = _numbers(int, "--num-frames", num_frames)
     settings = _settings(None, height, width, num_inference_steps, max_sequence_length)
     with tempfile.TemporaryDirectory() as scratch:
         chosen = _model(model, random_model, Path(scratch))
@@ -145,6 +158,73 @@ def bench_device(
             write_profile(profile, output)
 
 
+@bench.command("sequence-parallel", cls=Command)
+def bench_sequence_parallel(
+    context: typer.Context,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, separated by commas.")] = "2,4",
+    part: Annotated[Part, typer.Option(help="Attention alone, a whole transformer, or both.")] = Part.ALL,
+    links: Annotated[
+        str, typer.Option(help="Attention: communication : compute of the links, separated by commas.")
+    ] = "0.5,1,2",
+    tokens: Annotated[int, typer.Option(min=1, help="Attention: tokens.")] = 4096,
+    heads: Annotated[int, typer.Option(min=1, help="Attention: heads.")] = 16,
+    head_dim: Annotated[int, typer.Option(min=1, help="Attention: width of a head.")] = 64,
+    rates: Annotated[
+        str, typer.Option(help="Transformer: limits of the links in Mbit/s, separated by commas; or unlimited.")
+    ] = "300,unlimited",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
+    as_json: JsonFlag = False,
+    output: Output = None,
+) -> None:
+    """How much of the communication is hidden, between ranks with a core and a limited link each. Linux; needs root and
+    iproute2."""
+    _check_target(output)
+    from pipedit.bench import sequence_parallel as measured
+
+    session = session_of(context)
+    plan = measured.SequenceParallelBench(
+        links=_numbers(float, "--links", links),
+        ranks=_numbers(int, "--ranks", ranks),
+        rates_bits_per_s=_numbers(_rate, "--rates", rates),
+        parts=(measured.ATTENTION, measured.LAYERS) if part is Part.ALL else (part.value,),
+        rounds=rounds,
+        attention=measured.AttentionShape(tokens=tokens, heads=heads, head_dim=head_dim),
+    )
+    result = measured.run(plan, session.terminal.say)
+    session.report.update(result)
+    if not as_json:
+        for table in sequence_parallel_tables(result):
+            session.terminal.table(table)
+    _write(result, output)
+
+
+@bench.command("overlap", cls=Command)
+def bench_overlap(
+    context: typer.Context,
+    device: Device = "auto",
+    scale: Annotated[str, typer.Option(help="full: what a rank of 8 sees; small: for the CPU.")] = "full",
+    links: Annotated[
+        str | None, typer.Option(help="Rates of the emulated link in GB/s each way, separated by commas.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
+    as_json: JsonFlag = False,
+    output: Output = None,
+) -> None:
+    """One device as one rank of several: what PipeSP hides of an emulated exchange, what chunks cost."""
+    _check_target(output)
+    from pipedit.bench import overlap
+
+    session = session_of(context)
+    rates = tuple(_numbers(float, "--links", links)) if links is not None else ()
+    result = overlap.run(overlap.OverlapBench(device=device, scale=scale, links_gb_per_s=rates, rounds=rounds))
+    session.report.update(result)
+    if not as_json:
+        for case in result["cases"]:
+            session.terminal.table(overlap_table(case))
+        session.terminal.note(result["emulation"])
+    _write(result, output)
+
+
 def _settings(
     num_frames: int | None, height: int | None, width: int | None, steps: int | None, text: int | None
 ) -> dict[str, Any]:
@@ -177,11 +257,16 @@ def _name_random(result: dict[str, Any], random_model: str | None) -> None:
         result["model"] = f"{random_model} (random weights)"
 
 
-def _counts(text: str) -> list[int]:
+def _numbers(kind: Callable[[str], Number], flag: str, text: str) -> list[Number]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise InvalidRequestError([f"--num-frames {text} should be numbers separated by commas"]) from None
+        raise InvalidRequestError([f"{flag} {text} should be numbers separated by commas"]) from None
+
+
+def _rate(text: str) -> float | None:
+    """Bits per second."""
+    return None if text.strip() == "unlimited" else float(text) * 1e6
 
 
 def _check_target(output: Path | None) -> None:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from pipedit.cli import errors
 from pipedit.cli.console import session_of
+from pipedit.cli.doctor_degrees import check_num_workers, degree_table, examine_degrees
 from pipedit.cli.options import JsonFlag, option
 from pipedit.core.errors import CheckpointError, InsufficientMemoryError, InvalidRequestError
 from pipedit.core.request import VideoRequest
@@ -50,6 +51,10 @@ class Check:
 def doctor(
     context: typer.Context,
     model: Annotated[str, option("--model", "-m", metavar="M", help="The model to look at.")] = EMBEDDED,
+    num_workers: Annotated[
+        int | None,
+        option("--num-workers", "--num-gpus", metavar="N", help="Also list the ways in which N workers can share it."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Look at this machine: would generation work, and what to do if not.
@@ -57,22 +62,28 @@ def doctor(
     Exits with 0 if it would, with 1 if not.
     """
     session = session_of(context)
-    machine, checks = examine(model)
+    check_num_workers(num_workers)
+    machine, checks = examine(model, num_workers or 1)
+    degrees = None if num_workers is None else examine_degrees(model, num_workers)
     works = all(check.status != FAIL for check in checks)
     session.report.update(
         works=works,
         checks=[dataclasses.asdict(check) for check in checks],
         machine=None if machine is None else dataclasses.asdict(machine),
     )
+    if degrees is not None:
+        session.report["degrees"] = degrees.as_json()
     if not as_json:
         session.terminal.table(_table(checks))
+        if degrees is not None:
+            session.terminal.table(degree_table(degrees))
         session.terminal.table(_verdict(checks, model))
     if not works:
         raise typer.Exit(errors.FAILED)
 
 
-def examine(model: str) -> tuple["Machine | None", list[Check]]:
-    """Everything about this machine and the model. Imports torch."""
+def examine(model: str, num_workers: int = 1) -> tuple["Machine | None", list[Check]]:
+    """Everything about this machine and the model, for this many workers. Imports torch."""
     machine, checks = None, [*_software_checks()]
     try:
         from pipedit.worker.machine import inspect_machine
@@ -83,7 +94,9 @@ def examine(model: str) -> tuple["Machine | None", list[Check]]:
         checks.append(Check(group="machine", name="torch", status=FAIL, found=f"does not load: {error}", advice=advice))
     else:
         checks += _machine_checks(machine)
-    checks += [_cache_check(), *_model_checks(model, has_torch=machine is not None)]
+        if num_workers > 1:
+            checks.append(_workers_check(num_workers))
+    checks += [_cache_check(), *_model_checks(model, num_workers, has_torch=machine is not None)]
     return machine, checks
 
 
@@ -186,6 +199,22 @@ def _links_check(peers: Sequence[Sequence[bool]]) -> Check:
     return Check(group="machine", name="links", status=WARN, found=found, advice=advice)
 
 
+def _workers_check(num_workers: int) -> Check:
+    """Whether this many workers have a device each, or cores enough."""
+    from pipedit.engine.settings import EngineSettings, setting_notes
+    from pipedit.worker.device import worker_devices, worker_problems
+
+    if problems := worker_problems("auto", num_workers):
+        found, _, advice = problems[0].partition("; ")
+        return Check(group="machine", name="workers", status=FAIL, found=found, advice=advice)
+    if notes := setting_notes(EngineSettings(num_workers=num_workers)):
+        found, _, advice = notes[0].partition(": ")
+        return Check(group="machine", name="workers", status=WARN, found=found, advice=advice)
+    devices = dict.fromkeys(worker_devices("auto", num_workers))
+    found = f"{num_workers} on {', '.join(devices)}"
+    return Check(group="machine", name="workers", status=OK, found=found)
+
+
 # -- model --------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +242,7 @@ def _cache_check() -> Check:
     return Check(group="model", name="downloads", status=OK, found=found)
 
 
-def _model_checks(name: str, *, has_torch: bool) -> Iterator[Check]:
+def _model_checks(name: str, num_workers: int, *, has_torch: bool) -> Iterator[Check]:
     try:
         adapter = open_model(name)
     except InvalidRequestError as error:
@@ -224,7 +253,7 @@ def _model_checks(name: str, *, has_torch: bool) -> Iterator[Check]:
         return
     yield from _weight_checks(name, adapter)
     if has_torch:
-        yield _memory_check(adapter)
+        yield _memory_check(adapter, num_workers)
 
 
 def _weight_checks(name: str, adapter: ModelAdapter) -> Iterator[Check]:
@@ -240,22 +269,28 @@ def _weight_checks(name: str, adapter: ModelAdapter) -> Iterator[Check]:
         yield Check(group="model", name=name, status=WARN, found="not downloaded yet", advice=advice)
 
 
-def _memory_check(adapter: ModelAdapter) -> Check:
-    """Whether the model's default video fits on the device that "auto" takes."""
+def _memory_check(adapter: ModelAdapter, num_workers: int) -> Check:
+    """Whether the model's default video fits on the devices that "auto" takes."""
     from pipedit.engine.intake import check_memory
-    from pipedit.plan.memory import Room
-    from pipedit.worker.device import resolve_device
+    from pipedit.engine.settings import EngineSettings
+    from pipedit.engine.sharing import choose_sharing
+    from pipedit.plan.memory import Need, Room
+    from pipedit.worker.device import worker_devices
 
-    device = resolve_device("auto")
-    precision = adapter.default_precision(device.partition(":")[0])
+    devices, settings = worker_devices("auto", num_workers), EngineSettings(num_workers=num_workers)
+    precision = adapter.default_precision(devices[0].partition(":")[0])
     request = adapter.complete(VideoRequest(prompt=""))
-    size = f"{request.num_frames} frames of {request.width}x{request.height} on {device}"
+    place = devices[0] if num_workers == 1 else f"{num_workers} workers ({', '.join(dict.fromkeys(devices))})"
+    size = f"{request.num_frames} frames of {request.width}x{request.height} on {place}"
     try:
-        check_memory([request], adapter, device, precision)
-    except InsufficientMemoryError as error:
+        shared = choose_sharing(request, adapter, settings)
+        check_memory([request], adapter, devices, precision, sharing=lambda _request: shared)
+    except (InvalidRequestError, InsufficientMemoryError) as error:
         found, _, advice = str(error).partition("; ")
         return Check(group="model", name="default size", status=FAIL, found=found, advice=advice)
-    needed = Room(available_bytes=0).needed(adapter.cost(request, precision))
+    cost = adapter.cost(request, precision, decoders=shared.world_size)
+    need = Need.of(cost, shared, num_workers=devices.count(devices[0]))
+    needed = Room(available_bytes=0).needed(need)
     found = f"{size}: about {format_bytes(needed)} of memory, fits"
     return Check(group="model", name="default size", status=OK, found=found)
 

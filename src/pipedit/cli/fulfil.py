@@ -14,6 +14,7 @@ from pipedit.cli.render import Failure, Rendering, Result
 from pipedit.cli.summary import summarize, try_next
 from pipedit.core.errors import PipeditError
 from pipedit.engine.engine import Engine
+from pipedit.engine.settings import setting_notes
 from pipedit.models.registry import EMBEDDED
 from pipedit.plan.timeline import Timeline
 from pipedit.plan.trace_file import write_trace
@@ -28,6 +29,9 @@ def fulfil(session: Session, plan: Plan, *, like: str | None, trace: str | None)
     with session.open_engine(plan.settings) as engine:
         with display.busy("getting ready"):
             engine.prepare([job.request for job in plan.jobs])  # they were checked; this finds out whether they fit
+            notes = setting_notes(plan.settings)
+        for note in notes:
+            session.terminal.note(note)
         if like is not None:
             _note_other_precision(session, plan, engine, like)
         engine.fetch()  # before there are bars: downloads show their own

@@ -38,6 +38,10 @@ def open_engine(settings: "EngineSettings") -> "Engine":
     return Engine(
         settings.model,
         num_workers=settings.num_workers,
+        ulysses_degree=settings.ulysses_degree,
+        ring_degree=settings.ring_degree,
+        cfg_degree=settings.cfg_degree,
+        pipesp_chunks=settings.pipesp_chunks,
         device=settings.device,
         dtype=settings.dtype,
         vae_tiling=settings.vae_tiling,
@@ -117,7 +121,41 @@ def generate(
         bool, switch("--enable-torch-compile", panel=_RUN, help="Compile the layers first: pays in long runs.")
     ] = False,
     num_workers: Annotated[
-        int | None, option("--num-workers", panel=_RUN, metavar="N", help="Workers; this version runs on 1.")
+        int | None,
+        option(
+            "--num-workers",
+            "--num-gpus",
+            panel=_RUN,
+            metavar="N",
+            help=f"Workers that share each video; pipedit doctor --num-workers N lists the ways. {default('1')}",
+        ),
+    ] = None,
+    cfg_degree: Annotated[
+        int | None,
+        option(
+            "--cfg-degree",
+            "--cfg-parallel-size",
+            panel=_RUN,
+            metavar="C",
+            help=f"2: both predictions of guidance at a time. {default('chosen')}",
+        ),
+    ] = None,
+    ring_degree: Annotated[
+        int | None,
+        option("--ring-degree", panel=_RUN, metavar="R", help=f"Groups that pass keys round. {default('chosen')}"),
+    ] = None,
+    ulysses_degree: Annotated[
+        int | None,
+        option("--ulysses-degree", panel=_RUN, metavar="U", help=f"Workers that deal heads. {default('chosen')}"),
+    ] = None,
+    pipesp_chunks: Annotated[
+        str | None,
+        option(
+            "--pipesp-chunks",
+            panel=_RUN,
+            metavar="N",
+            help=f"Exchange heads in N parts while attention runs, 1: all at once. {default('auto')}",
+        ),
     ] = None,
     output: Annotated[
         str | None,
@@ -143,6 +181,8 @@ def generate(
     quiet: Annotated[bool, switch("--quiet", "-q", panel=_OUTPUT, help="Nothing on stderr but errors.")] = False,
 ) -> None:
     """Make a video from each PROMPT, given in quotes, and print the names of the files."""
+    if _has_served(num_workers):
+        return
     from pipedit.cli.order import Order, make_plan
 
     session = session_of(context)
@@ -170,6 +210,10 @@ def generate(
         "vae_tiling": vae_use_tiling or None,
         "compile_layers": enable_torch_compile or None,
         "num_workers": num_workers,
+        "cfg_degree": cfg_degree,
+        "ring_degree": ring_degree,
+        "ulysses_degree": ulysses_degree,
+        "pipesp_chunks": None if pipesp_chunks is None else _count_or_word(pipesp_chunks),
     }
     order = Order(
         prompts=tuple(prompts or ()),
@@ -189,8 +233,27 @@ def generate(
     fulfil(session, plan, like=like, trace=trace)
 
 
+def _has_served(num_workers: int | None) -> bool:
+    """Whether this process is one of a launcher's ranks that only serve the first one, and has done so."""
+    from pipedit.executor.launched import find_launch, follow
+
+    launch = find_launch() if num_workers != 1 else None
+    if launch is None or launch.rank == 0:
+        return False
+    follow(launch)
+    return True
+
+
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
+
+
+def _count_or_word(text: str) -> int | str:
+    """What is no number is judged with everything else."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def _looks_unquoted(prompts: Sequence[str]) -> bool:

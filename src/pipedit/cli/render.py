@@ -12,6 +12,7 @@ from typing import Any
 from pipedit.cli.order import Job
 from pipedit.cli.progress import Display
 from pipedit.core.errors import CancelledError, PipeditError
+from pipedit.core.parallel import ParallelConfig
 from pipedit.core.request import VideoRequest
 from pipedit.core.spans import Span
 from pipedit.engine.engine import Engine
@@ -25,10 +26,11 @@ _CONTROLLER = -1  # the rank of the process that drives the workers: it writes t
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """A video that is in its file. `seconds` is time per stage (see STAGES)."""
+    """A video that is in its file. `parallel`: how the workers shared it; `seconds`: time per stage (see STAGES)."""
 
     job: Job
     request: VideoRequest
+    parallel: ParallelConfig
     seconds: dict[str, float]
     num_frames: int
     size_bytes: int
@@ -43,6 +45,7 @@ class Result:
             "prompt": self.request.prompt,
             "seed": self.request.seed,
             "settings": self.request.settings(),
+            "parallel": {"num_workers": self.parallel.world_size, **dataclasses.asdict(self.parallel)},
             "seconds": self.seconds,
             "total_s": self.total_s,
             "num_frames": self.num_frames,
@@ -119,7 +122,7 @@ class Rendering:
             case Finished():
                 with self._writing(update.request_id):
                     video.writer.close()
-                return self._end(update, _ending(video, update))
+                return self._end(update, _ending(video, update, self._engine.sharing(update.request)))
             case Failed():
                 return self._end(update, Failure(job=video.job, error=update.error))
             case Cancelled():
@@ -141,7 +144,7 @@ class Rendering:
     def _begin(self, video: _Open) -> None:
         if not video.has_begun:
             video.has_begun = True
-            self._display.begin(video.job, self._engine.adapter.num_decode_chunks(video.job.request))
+            self._display.begin(video.job, self._engine.num_decode_chunks(video.job.request))
 
     @contextlib.contextmanager
     def _writing(self, request_id: str) -> Iterator[None]:
@@ -167,24 +170,25 @@ class Rendering:
         video.num_writes += 1
 
 
-def _ending(video: _Open, update: Finished) -> Result | Failure:
+def _ending(video: _Open, update: Finished, parallel: ParallelConfig) -> Result | Failure:
     """A file that appeared in the meantime is never replaced unasked: the video lies beside it. That is what numbers
     are for where the name was ours, but no success where somebody gave it."""
     wanted, written = video.job.output, video.writer.target
     if written == wanted:
-        return _result(video, update)
+        return _result(video, update, parallel)
     if video.job.series is None:
         said = f"{wanted} appeared while the video was made and is left as it was; the video is in {written}"
         return Failure(job=video.job, error=PipeditError(said))
     video.job = dataclasses.replace(video.job, output=written)
-    return _result(video, update)
+    return _result(video, update, parallel)
 
 
-def _result(video: _Open, update: Finished) -> Result:
+def _result(video: _Open, update: Finished, parallel: ParallelConfig) -> Result:
     seconds = {_STAGE_OF.get(what, what): spent_s for what, spent_s in update.seconds.items()}
     return Result(
         job=video.job,
         request=update.request,
+        parallel=parallel,
         seconds={**seconds, "write": video.write_s},
         num_frames=video.writer.num_written,
         size_bytes=sum(path.stat().st_size for path in video.writer.paths),

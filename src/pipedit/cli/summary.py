@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipedit.cli.render import STAGES, Result
+from pipedit.core.parallel import ParallelConfig
 from pipedit.core.units import format_bytes, format_seconds
 
 _TRY_NEXT = (
@@ -19,9 +20,9 @@ _TRY_NEXT = (
 def summarize(results: Sequence[Result], *, load_s: float) -> RenderableType:
     """One video: a row for each stage. Several: a row for each video."""
     if len(results) == 1:
-        return Group(_facts(results[0]), _stage_rows(results[0], load_s))
+        return Group(_facts(results[0]), *_sharing(results), _stage_rows(results[0], load_s))
     loaded = Text(f"weights loaded in {format_seconds(load_s)}", style="dim") if load_s else Text()
-    return Group(_video_rows(results), loaded)
+    return Group(_video_rows(results), *_sharing(results), loaded)
 
 
 def try_next() -> RenderableType:
@@ -38,6 +39,19 @@ def _facts(result: Result) -> Text:
         f"{frames} of {request.width}x{request.height} at {request.fps:g} fps, {length_s:.1f} s long, "
         f"{format_bytes(result.size_bytes)}, seed {request.seed}"
     )
+
+
+def _sharing(results: Sequence[Result]) -> list[Text]:
+    """How the workers shared the videos, where there were several: "2 workers: cfg 1 x ring 1 x ulysses 2, PipeSP
+    auto". Videos with and without guidance may differ."""
+    configs = dict.fromkeys(result.parallel for result in results if result.parallel.world_size > 1)
+    return [Text(f"{config.world_size} workers: {config.describe()}{_pipelining(config)}") for config in configs]
+
+
+def _pipelining(config: ParallelConfig) -> str:
+    if config.ulysses_degree == 1:
+        return ""
+    return ", PipeSP off" if config.pipesp_chunks == 1 else f", PipeSP {config.pipesp_chunks}"
 
 
 def _stage_rows(result: Result, load_s: float) -> Table:

@@ -7,6 +7,7 @@ them; decoded frames do, because the controller writes them.
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from pipedit.core.parallel import ParallelConfig
 from pipedit.core.request import VideoRequest
 from pipedit.core.spans import Span
 
@@ -31,9 +32,10 @@ class Encode(Command):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Denoise(Command):
-    """Run denoising step `step` (0 draws the noise first)."""
+    """Run denoising step `step` (0 draws the noise first); the ranks share it as `parallel` says."""
 
     step: int
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,11 @@ class Decode(Command):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Release(Command):
-    """Forget everything kept for the request. Legal at any time."""
+    """Forget everything kept for the request. Legal at any time.
+
+    `after_failure`: some rank failed in the midst of a command, so that messages between ranks may be left over."""
+
+    after_failure: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,17 +6,18 @@ Nothing here loads weights, and nothing but the memory check and CUDA devices ne
 import dataclasses
 import difflib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipedit.core.errors import CheckpointError, InsufficientMemoryError, InvalidRequestError
+from pipedit.core.parallel import ParallelConfig
 from pipedit.core.request import FIELD_NAMES, VideoRequest
 from pipedit.engine.settings import EngineSettings, setting_problems
+from pipedit.engine.sharing import sharing_problems
 from pipedit.models.adapter import ModelAdapter, Precision
 from pipedit.models.registry import open_model, weight_problems
 from pipedit.models.validation import check_request, check_values
-from pipedit.plan.costs import RequestCost
-from pipedit.plan.memory import Room, SizeLadder, memory_problem
+from pipedit.plan.memory import Need, NeedOf, Room, SizeLadder, memory_problem
 from pipedit.worker.device import available_bytes
 
 
@@ -59,17 +60,17 @@ def check_input(settings: EngineSettings, requests: Sequence[VideoRequest], labe
 
     `labels` say where each request comes from, such as "prompts.txt:3"; without them, several are numbered.
     """
-    problems = setting_problems(settings)
+    adapter, problems = None, []
     try:
         adapter = open_model(settings.model)
         problems += weight_problems(adapter)
-        complete = complete_requests(requests, adapter)
-        problems += request_problems(complete, adapter, labels)
+        requests = complete_requests(requests, adapter)
+        problems += request_problems(requests, adapter, settings, labels)
     except (InvalidRequestError, CheckpointError) as error:
         problems += error.problems if isinstance(error, InvalidRequestError) else str(error).splitlines()
         problems += _labelled([check_values(request) for request in requests], labels)
-        return CheckedInput(requests=tuple(requests), problems=tuple(dict.fromkeys(problems)))
-    return CheckedInput(requests=tuple(complete), problems=tuple(problems))
+    problems = [*setting_problems(settings, adapter), *problems]
+    return CheckedInput(requests=tuple(requests), problems=tuple(dict.fromkeys(problems)))
 
 
 def complete_requests(requests: Sequence[VideoRequest], adapter: ModelAdapter) -> list[VideoRequest]:
@@ -77,36 +78,66 @@ def complete_requests(requests: Sequence[VideoRequest], adapter: ModelAdapter) -
     return [adapter.complete(request) for request in requests]
 
 
-def request_problems(requests: Sequence[VideoRequest], adapter: ModelAdapter, labels: Sequence[str] = ()) -> list[str]:
+def request_problems(
+    requests: Sequence[VideoRequest], adapter: ModelAdapter, settings: EngineSettings, labels: Sequence[str] = ()
+) -> list[str]:
     """Problems of all the completed requests, each with its label where there are several."""
-    return _labelled([check_request(request, adapter) for request in requests], labels)
+    found = []
+    for request in requests:
+        problems = check_request(request, adapter)
+        found.append([*problems, *sharing_problems(request, adapter, settings, has_sound_size=not problems)])
+    return _labelled(found, labels)
+
+
+def free_memory(devices: Sequence[str]) -> dict[str, int]:
+    """Bytes by device. What another process keeps for later use counts as used: for workers in processes of their own,
+    measure before they load."""
+    return {device: available_bytes(device) for device in devices}
+
+
+def _alone(_request: VideoRequest) -> ParallelConfig:
+    return ParallelConfig()
 
 
 def check_memory(
     requests: Sequence[VideoRequest],
     adapter: ModelAdapter,
-    device: str,
+    devices: Sequence[str],
     precision: Precision,
     *,
+    sharing: Callable[[VideoRequest], ParallelConfig] = _alone,
+    free_bytes: Mapping[str, int] | None = None,
     tiling: bool = False,
     is_loaded: bool = False,
 ) -> None:
-    """Raises InsufficientMemoryError, with what would fit, for completed requests that are too large for the device.
+    """Raises InsufficientMemoryError, with what would fit, for completed requests that are too large for the devices.
 
-    `tiling`: the VAE decodes in spatial tiles. `is_loaded`: libraries and weights are in memory already.
+    `devices` has one entry for each worker; workers on one device share its memory. `sharing` says how they share a
+    request. `free_bytes`: as `free_memory` measured it, else what is free now. `tiling`: the VAE decodes in spatial
+    tiles. `is_loaded`: libraries and weights are out of the free memory already.
     """
+    free_bytes = free_bytes or free_memory(devices)
+    fullest = min(free_bytes, key=lambda device: free_bytes[device] // devices.count(device))  # workers need the same
 
-    def cost(request: VideoRequest) -> RequestCost:
-        return adapter.cost(request, precision, tiling=tiling)
-
-    def tiled_cost(request: VideoRequest) -> RequestCost:
-        return adapter.cost(request, precision, tiling=True)
+    def need(shared: ParallelConfig, num_workers: int, *, tiling: bool) -> NeedOf:
+        decoders = shared.world_size
+        return lambda r: Need.of(
+            adapter.cost(r, precision, tiling=tiling, decoders=decoders), shared, num_workers=num_workers
+        )
 
     rules = adapter.size_rules
     ladder = SizeLadder(frame_step=rules.frame_step, size_multiple=rules.size_multiple)
-    room = Room(available_bytes=available_bytes(device), is_loaded=is_loaded)
-    ways_out = {} if tiling else {"spatial tiling of the VAE (--vae-use-tiling, vae_tiling=True)": tiled_cost}
-    problems = [memory_problem(request, cost, room, ladder, ways_out) for request in requests]
+    room = Room(available_bytes=free_bytes[fullest], is_loaded=is_loaded)
+    num_workers, problems = devices.count(fullest), []
+    for request in requests:
+        shared, ways_out = sharing(request), {}
+        if not tiling:
+            tiled = need(shared, num_workers, tiling=True)
+            ways_out["spatial tiling of the VAE (--vae-use-tiling, vae_tiling=True)"] = tiled
+        if num_workers > 1 and not is_loaded:
+            ways_out["1 worker instead"] = need(ParallelConfig(), 1, tiling=tiling)
+        whole = need(shared, num_workers, tiling=tiling)
+        problems.append(memory_problem(request, whole, room, ladder, ways_out))
     if found := [text for text in dict.fromkeys(problems) if text is not None]:
         raise InsufficientMemoryError("\n".join(found))
 

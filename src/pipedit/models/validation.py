@@ -38,6 +38,12 @@ def check_values(request: VideoRequest) -> list[str]:
     return problems
 
 
+def sound_request(request: VideoRequest, adapter: ModelAdapter) -> VideoRequest:
+    """The completed request with the model's default in place of every value that cannot be computed with, for
+    judging the rest. Its sizes may still be illegal."""
+    return adapter.complete(_without(request, _unusable(request)))
+
+
 def _unusable(request: VideoRequest) -> dict[str, str]:
     """Fields whose value is of another type or cannot be computed with, and the sentence about it."""
     problems = {}

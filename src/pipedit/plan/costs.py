@@ -84,8 +84,3 @@ class RequestCost:
     @property
     def weight_bytes(self) -> int:
         return sum(part.weights for part in self.parts.values())
-
-    @property
-    def peak_bytes(self) -> int:
-        """All parts resident and the hungriest one at work: one worker with every role."""
-        return self.weight_bytes + max(part.working for part in self.parts.values()) + self.latent_bytes

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from pipedit.core.parallel import ParallelConfig
 from pipedit.core.request import VideoRequest
 from pipedit.core.units import MIB, format_bytes
 from pipedit.plan.costs import RequestCost
@@ -11,9 +12,50 @@ from pipedit.plan.costs import RequestCost
 _MARGIN_PERCENT = 110
 # Interpreter and libraries on the CPU (measured: 0.45 GB for the smallest run), context and kernels on a GPU.
 RUNTIME_BYTES = 512 * MIB
+# What sharing the tokens adds to a worker's share of activations: what it sends and receives of q, k, v and the output,
+# and with a ring two more pairs of keys and values and the sum of what it has seen, in float32.
+_EXCHANGE_PERCENT, _RING_PERCENT = 150, 200
 
 
-CostOf = Callable[[VideoRequest], RequestCost]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Need:
+    """What one memory has to hold at the worst moment, in bytes, for all of the `num_workers` that live in it. Each of
+    them has its own libraries and weights."""
+
+    weights: int
+    working: int
+    num_workers: int = 1
+
+    @classmethod
+    def of(cls, cost: RequestCost, parallel: ParallelConfig | None = None, *, num_workers: int = 1) -> "Need":
+        """`num_workers` workers with every role, each with its share of the tokens as in `parallel`.
+
+        Cautious: every worker is counted with a whole text encoder, and with the VAE's part that `cost` was asked for,
+        all at the same moment; of the transformer's activations a worker has those of its tokens and of all the text,
+        and room for the exchange.
+        """
+        parallel = parallel or ParallelConfig()
+        working = max(
+            _shared_working(cost, part.working, parallel) if name.startswith("transformer") else part.working
+            for name, part in cost.parts.items()
+        )
+        return cls(
+            weights=num_workers * cost.weight_bytes,
+            working=num_workers * (working + cost.latent_bytes),
+            num_workers=num_workers,
+        )
+
+
+def _shared_working(cost: RequestCost, working: int, parallel: ParallelConfig) -> int:
+    degree = parallel.sequence_degree
+    if degree == 1:
+        return working
+    rows = -(-cost.latent_tokens // degree) + cost.text_tokens
+    percent = _EXCHANGE_PERCENT if parallel.ring_degree == 1 else _RING_PERCENT
+    return working * rows * percent // ((cost.latent_tokens + cost.text_tokens) * 100)
+
+
+NeedOf = Callable[[VideoRequest], Need]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,13 +73,16 @@ class Room:
     available_bytes: int
     is_loaded: bool = False
 
-    def needed(self, cost: RequestCost) -> int:
-        if self.is_loaded:
-            return _with_margin(cost.peak_bytes - cost.weight_bytes)
-        return _with_margin(cost.peak_bytes) + RUNTIME_BYTES
+    def needed(self, need: Need) -> int:
+        return _with_margin(need.working) + (0 if self.is_loaded else _at_rest(need))
 
-    def holds(self, cost: RequestCost) -> bool:
-        return self.needed(cost) <= self.available_bytes
+    def holds(self, need: Need) -> bool:
+        return self.needed(need) <= self.available_bytes
+
+
+def _at_rest(need: Need) -> int:
+    """Weights and libraries, before there is a request."""
+    return _with_margin(need.weights) + RUNTIME_BYTES * need.num_workers
 
 
 def _with_margin(count: int) -> int:
@@ -45,23 +90,24 @@ def _with_margin(count: int) -> int:
 
 
 def memory_problem(
-    request: VideoRequest, cost_of: CostOf, room: Room, ladder: SizeLadder, ways_out: Mapping[str, CostOf]
+    request: VideoRequest, need_of: NeedOf, room: Room, ladder: SizeLadder, ways_out: Mapping[str, NeedOf]
 ) -> str | None:
-    """None if the request fits on one worker with every role, else a sentence that says how much is needed and what
-    would fit: fewer frames, a smaller picture, or one of the `ways_out` (what to do -> the cost that it leads to)."""
-    cost = cost_of(request)
-    if room.holds(cost):
+    """None if the request fits, else a sentence that says how much is needed and what would fit: fewer frames, a
+    smaller picture, or one of the `ways_out` (what to do -> the need that it leads to)."""
+    need = need_of(request)
+    if room.holds(need):
         return None
+    workers = f" on {need.num_workers} workers" if need.num_workers > 1 else ""
     text = (
-        f"{request.num_frames} frames of {request.width}x{request.height} need about "
-        f"{format_bytes(room.needed(cost))} of memory"
-        + ("" if room.is_loaded else f" ({format_bytes(cost.weight_bytes)} of it weights)")
+        f"{request.num_frames} frames of {request.width}x{request.height}{workers} need about "
+        f"{format_bytes(room.needed(need))} of memory"
+        + ("" if room.is_loaded else f" ({format_bytes(need.weights)} of it weights)")
         + f", {format_bytes(room.available_bytes)} are free"
     )
-    if not room.is_loaded and _with_margin(cost.weight_bytes) + RUNTIME_BYTES > room.available_bytes:
+    offers = [way for way, other_need in ways_out.items() if room.holds(other_need(request))]
+    if not offers and not room.is_loaded and _at_rest(need) > room.available_bytes:
         return f"{text}; the weights alone do not fit: take a smaller model, or bfloat16 instead of float32"
-    offers = [way for way, other_cost in ways_out.items() if room.holds(other_cost(request))]
-    offers += _smaller(request, lambda r: room.holds(cost_of(r)), ladder)
+    offers += _smaller(request, lambda r: room.holds(need_of(r)), ladder)
     return f"{text}; " + ("would fit: " + ", or ".join(offers) if offers else "nothing smaller fits either")
 
 

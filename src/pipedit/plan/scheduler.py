@@ -12,6 +12,8 @@ import enum
 from collections.abc import Iterator
 
 from pipedit.core import messages
+from pipedit.core.errors import WorkerDiedError
+from pipedit.core.parallel import ParallelConfig
 from pipedit.core.placement import Placement, Role
 from pipedit.core.request import VideoRequest
 
@@ -46,10 +48,12 @@ _ROLE = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """How much a request asks for: denoising steps and decode chunks, both at least 1."""
+    """How much a request asks for: denoising steps and decode chunks, both at least 1. The denoisers share each step as
+    `parallel` says."""
 
     num_steps: int
     num_chunks: int
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -85,7 +89,7 @@ class RequestScheduler:
         self._placement = placement
         self._jobs: dict[str, Job] = {}
         self._busy: dict[int, str] = {}  # rank -> request whose command it is running
-        self._to_release: list[tuple[int, str]] = []  # rank and request
+        self._to_release: list[messages.Release] = []  # one for each rank
 
     def submit(self, request_id: str, request: VideoRequest, work: Work) -> None:
         assert request_id not in self._jobs, f"request id {request_id} is already in use"
@@ -115,6 +119,23 @@ class RequestScheduler:
                 job.done += 1
             self._settle(job)
 
+    def lose_workers(self, error: WorkerDiedError) -> None:
+        """All ranks are gone, and with them what they kept: fails every request that has begun. Requests that still
+        wait for their turn stay, for fresh workers."""
+        self._busy.clear()
+        self._to_release.clear()
+        for job in self._jobs.values():
+            if job.is_over or job.phase is Phase.QUEUED:
+                continue
+            job.awaited.clear()
+            if job.cancel_wanted and job.failure is None:
+                job.move(Phase.CANCELLED)
+                continue
+            job.failure = job.failure or messages.CommandFailed(
+                request_id=job.request_id, rank=error.rank, doing=error.doing, error=error
+            )
+            job.move(Phase.FAILED)
+
     def job(self, request_id: str) -> Job:
         return self._jobs[request_id]
 
@@ -125,7 +146,7 @@ class RequestScheduler:
 
     def is_held(self, request_id: str) -> bool:
         """Whether some rank still works on the request or has to forget it."""
-        return request_id in self._busy.values() or any(held == request_id for _, held in self._to_release)
+        return request_id in self._busy.values() or any(held.request_id == request_id for held in self._to_release)
 
     @property
     def is_idle(self) -> bool:
@@ -138,12 +159,13 @@ class RequestScheduler:
 
     def _releases(self) -> Iterator[messages.Command]:
         waiting, self._to_release = self._to_release, []
-        for rank, request_id in waiting:
+        for release in waiting:
+            (rank,) = release.ranks
             if rank in self._busy:
-                self._to_release.append((rank, request_id))
+                self._to_release.append(release)
                 continue
-            self._busy[rank] = request_id
-            yield messages.Release(request_id=request_id, ranks=(rank,))
+            self._busy[rank] = release.request_id
+            yield release
 
     def _work(self) -> Iterator[messages.Command]:
         for job in self._jobs.values():
@@ -173,12 +195,15 @@ class RequestScheduler:
         elif job.phase is Phase.DECODING and job.done == job.work.num_chunks:
             job.move(Phase.DONE)
         if job.is_over:
-            self._to_release.extend((rank, job.request_id) for rank in self._placement.world)
+            self._to_release.extend(
+                messages.Release(request_id=job.request_id, ranks=(rank,), after_failure=job.phase is Phase.FAILED)
+                for rank in self._placement.world
+            )
 
 
 def _command(job: Job, ranks: tuple[int, ...]) -> messages.Command:
     if job.phase is Phase.ENCODING:
         return messages.Encode(request_id=job.request_id, ranks=ranks, request=job.request)
     if job.phase is Phase.DENOISING:
-        return messages.Denoise(request_id=job.request_id, ranks=ranks, step=job.done)
+        return messages.Denoise(request_id=job.request_id, ranks=ranks, step=job.done, parallel=job.work.parallel)
     return messages.Decode(request_id=job.request_id, ranks=ranks, chunk=job.done)

@@ -35,6 +35,33 @@ def device_problems(device: str, dtype: str) -> list[str]:
     return problems
 
 
+def worker_problems(device: str, num_workers: int) -> list[str]:
+    """Why this many workers cannot have a device each, one sentence each. On the CPU they share it."""
+    if num_workers <= 1 or device == "cpu":
+        return []
+    device_type, _, index = resolve_device(device).partition(":")
+    if device_type != "cuda":
+        return []
+    if device != "auto" and index:
+        return [f"device {device} is one GPU, and each of the {num_workers} workers needs its own; use device cuda"]
+    import torch
+
+    count = torch.cuda.device_count()
+    if not 0 < count < num_workers:  # without any, `device_problems` tells more
+        return []
+    gpus = "is 1 CUDA device" if count == 1 else f"are {count} CUDA devices"
+    return [f"num_workers={num_workers} needs a GPU for each, and there {gpus}; use at most {count}, or device cpu"]
+
+
+def worker_devices(device: str, num_workers: int) -> tuple[str, ...]:
+    """The device of each worker on this machine, by rank: all on the CPU, or a GPU for each. A single worker takes the
+    GPU that is named."""
+    device = resolve_device(device)
+    if num_workers > 1 and device.startswith("cuda"):
+        return tuple(f"cuda:{rank}" for rank in range(num_workers))
+    return (device,) * num_workers
+
+
 def _cuda_problems(index: str | None) -> list[str]:
     import torch
 

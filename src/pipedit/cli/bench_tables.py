@@ -1,0 +1,116 @@
+"""The tables of `pipedit bench`'s parallel measurements, from their JSON documents."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+from pipedit.core.units import format_bytes, format_seconds
+
+
+def sequence_parallel_tables(result: dict[str, Any]) -> Iterator[Table]:
+    """One for each run, then what to know before believing it."""
+    for part, label in (("attention", "attention"), ("layers", "whole transformer")):
+        for run in result.get(part, {}).get("runs", []):
+            yield _table(run, f"{label}, {run['ranks']} ranks")
+    yield _notes(result)
+
+
+def _table(run: dict[str, Any], label: str) -> Table:
+    baselines = list(next(iter(run["variants"].values()))["speed_up"])
+    table = Table(title=f"{label}: {_conditions(run)}", box=None, title_justify="left")
+    for heading in ("", "time", "spread", *(f"over {_plain(name)}" for name in baselines), "of the ideal", "exposed"):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_column("result")
+    table.add_column("buffers", justify="right")
+    for name, seconds in run["references_s"].items():
+        table.add_row(name, *_time(seconds), style="dim")
+    for name, figures in run["variants"].items():
+        speed_ups = [f"{figures['speed_up'][baseline]['median']:.2f}x" for baseline in baselines]
+        share = f"{figures['share_of_ideal']['median']:.1%}"
+        exposed = _milliseconds(figures["exposed_s"]["median"])
+        table.add_row(
+            _label(name, figures),
+            *_time(figures["seconds"]),
+            *speed_ups,
+            share,
+            exposed,
+            _result(figures),
+            _buffers(figures),
+        )
+    return table
+
+
+def _conditions(run: dict[str, Any]) -> str:
+    limit, delivered = run["limit_bits_per_s"], run["delivered_bits_per_s"]
+    told = [
+        f"communication : compute {run['ratio']['median']:.2f}",
+        "links unlimited" if limit is None else f"links of {limit / 1e6:.0f} Mbit/s",
+        f"delivered {min(delivered) / 1e6:.0f} to {max(delivered) / 1e6:.0f}",
+        f"ideal {_milliseconds(run['ideal_s']['median'])}",
+    ]
+    if "hidden_under_attention_s" in run:
+        told.append(f"all hidden under attention {_milliseconds(run['hidden_under_attention_s']['median'])}")
+    return ", ".join(told)
+
+
+def _label(name: str, figures: dict[str, Any]) -> str:
+    return f"{name} (chose {figures['chosen_chunks']})" if "chosen_chunks" in figures else name
+
+
+def _time(seconds: dict[str, float]) -> tuple[str, str]:
+    spread = f"{_milliseconds(seconds['min'])} to {_milliseconds(seconds['max'])}"
+    return _milliseconds(seconds["median"]), spread
+
+
+def _milliseconds(seconds: float) -> str:
+    """Finer than `format_seconds`: variants differ by a few of them."""
+    return f"{seconds * 1000:.0f} ms" if abs(seconds) < 60 else format_seconds(seconds)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").replace("ulysses", "Ulysses")
+
+
+def _result(figures: dict[str, Any]) -> str:
+    return "equal bits" if figures["is_equal"] else f"differs by {figures['max_difference']:.1e}"
+
+
+def _buffers(figures: dict[str, Any]) -> str:
+    return format_bytes(figures["buffer_bytes"]) if "buffer_bytes" in figures else ""
+
+
+def _notes(result: dict[str, Any]) -> Table:
+    table = Table(box=None, show_header=False)
+    load = result["load_at_start"]
+    if load["is_busy"]:
+        table.add_row(
+            f"the machine was busy at the start (load average {load['load_average']:.2f}, "
+            f"{load['busy_cores']:.2f} cores at work): do not quote these times"
+        )
+    for run in result.get("attention", {}).get("runs", []):
+        if not run["control_holds"]:
+            table.add_row(
+                f"{run['ranks']} ranks at {run['wanted_ratio']:g}: blocking chunks beat plain Ulysses, "
+                "so something is wrong with the links or the machine"
+            )
+    table.add_row(f"medians of {result['rounds']} interleaved rounds; ideal: the longer of compute and communication")
+    return table
+
+
+def overlap_table(case: dict[str, Any]) -> Table:
+    """What `bench overlap` found for one site."""
+    site = case["site"]
+    title = f"{site['model']}, one of {site['ranks']} ranks"
+    columns = ("link", "chunks", "overlap", "time", "bound", "hidden", "speed-up", "attention / one chunk")
+    table = Table(*columns, title=title, box=None)
+    kernels = {row["chunks"]: row["over_one"]["median"] for row in case["attention"]}
+    for link in case["links"]:
+        for form in link["forms"]:
+            hidden = f"{form['hidden_share']['median']:.0%} of {link['hideable_share']:.0%}"
+            table.add_row(
+                f"{link['gb_per_s']:g} GB/s", str(form["chunks"]), form["overlap"].replace("_", " "),
+                f"{form['seconds']['median'] * 1e3:.2f} ms", f"{link['bound_s'] * 1e3:.2f} ms",
+                hidden, f"{form['speed_up']['median']:.2f}", f"{kernels[form['chunks']]:.3f}",
+            )  # fmt: skip
+    return table

@@ -1,0 +1,146 @@
+"""Many workers on the command line: flags and their other names, errors, what is said, and doctor's table."""
+
+from pathlib import Path
+
+import pytest
+
+from pipedit.media import read_metadata
+from tests.cli.running import Cli
+
+WAN_1B = "wan2.1-t2v-1.3b"
+
+
+@pytest.fixture(autouse=True)
+def _cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipedit.engine.settings.usable_cores", lambda: 64)
+
+
+# -- generate -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num-workers", "2"], "2 workers: cfg 2 x ring 1 x ulysses 1\n"),
+        (["--num-workers", "2", "--guidance-scale", "1"], "2 workers: cfg 1 x ring 1 x ulysses 2, PipeSP auto\n"),
+        (["--num_gpus", "4", "--cfg_parallel_size", "1"], "4 workers: cfg 1 x ring 1 x ulysses 4, PipeSP auto\n"),
+        (
+            ["--num-workers", "8", "--ulysses-degree", "2", "--ring-degree", "2", "--pipesp-chunks", "2"],
+            "8 workers: cfg 2 x ring 2 x ulysses 2, PipeSP 2\n",
+        ),
+        (["--num-workers", "4", "--ulysses_degree", "2", "--pipesp_chunks", "1"], "ulysses 2, PipeSP off\n"),
+    ],
+)
+def test_flags_say_how_workers_share_and_the_summary_repeats_it(cli: Cli, flags: list[str], said: str) -> None:
+    ran = cli.generate("x", "-o", "x.gif", *flags)
+    assert (ran.code, ran.out) == (0, "x.gif\n")
+    assert said in ran.err
+
+
+def test_one_worker_is_not_worth_a_word(cli: Cli) -> None:
+    ran = cli.generate("x", "-o", "x.gif", "--json")
+    assert "workers" not in ran.err
+    assert "note:" not in ran.err
+    assert ran.document["results"][0]["parallel"]["num_workers"] == 1
+
+
+def test_the_split_is_in_the_document_and_in_the_file(cli: Cli) -> None:
+    ran = cli.generate("x", "-o", "x.gif", "--num-workers", "8", "--pipesp-chunks", "auto", "--json")
+    split = {"cfg_degree": 2, "ring_degree": 1, "ulysses_degree": 4, "pipesp_chunks": "auto"}
+    assert ran.document["results"][0]["parallel"] == {"num_workers": 8, **split}
+    extra = read_metadata("x.gif").extra
+    assert (extra["num_workers"], extra["parallel"]) == (8, split)
+
+
+def test_like_takes_the_video_and_not_the_workers(cli: Cli) -> None:
+    cli.generate("x", "-o", "x.gif", "--num-workers", "6")
+    ran = cli("generate", "--like", "x.gif", "-o", "y.gif", "--json", "--device", "cpu")
+    assert ran.document["results"][0]["parallel"]["num_workers"] == 1
+
+
+def test_more_workers_than_cores_are_noted(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipedit.engine.settings.usable_cores", lambda: 1)
+    assert "note: 2 workers share 1 core:" in cli.generate("x", "-o", "x.gif", "--num-workers", "2").err
+
+
+def test_impossible_degrees_are_refused_with_what_can_run(cli: Cli, tmp_path: Path) -> None:
+    ran = cli.generate("x", "-o", "x.gif", "--num-workers", "8", "--ulysses-degree", "8")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.errors == [
+        "ulysses_degree=8 cannot run on 8 workers: 4 heads cannot go round 8 Ulysses ranks (ring_degree is for the "
+        "rest); nearest that can: cfg_degree=2, ring_degree=1, ulysses_degree=4"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_wrong_flag_is_told_at_once(cli: Cli) -> None:
+    wrong = ["--cfg-degree", "3", "--ring-degree", "0", "--pipesp-chunks", "many", "--num-inference-steps", "0"]
+    ran = cli.generate("", "-o", "x.gif", "--num-workers", "0", *wrong)
+    assert ran.code == 2
+    degrees = ("cfg_degree=3", "ring_degree=0", "pipesp_chunks='many'", "num_workers=0")
+    for part in (*degrees, "prompt is empty", "num_inference_steps=0"):
+        assert sum(part in error for error in ran.errors) == 1, part
+
+
+def test_guidance_groups_without_guidance_are_refused_for_that_prompt(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "b", "guidance_scale": 1.0}\n')
+    ran = cli.generate("--prompt-file", str(file), "-o", "x.gif", "--num-workers", "2", "--cfg-degree", "2")
+    (error,) = ran.errors
+    assert error.startswith(f"{file}:2: cfg_degree=2 cannot run on 2 workers: cfg_degree 2 needs guidance")
+    ran = cli.generate("--prompt-file", str(file), "-o", "x.gif", "--num-workers", "2")
+    assert ran.code == 0
+    for config in ("cfg 2 x ring 1 x ulysses 1", "cfg 1 x ring 1 x ulysses 2, PipeSP auto"):
+        assert f"2 workers: {config}" in ran.err
+
+
+# -- doctor -------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_lists_every_way_and_what_would_be_chosen(cli: Cli) -> None:
+    ran = cli("doctor", "--model", cli.model, "--num-workers", "6")
+    assert ran.code == 0
+    rows = {tuple(line.split()[:4]): line for line in ran.out.splitlines()}
+    assert ("chosen", "2", "3", "1") in rows  # a ring of three loses less than four heads on three ranks
+    for expected in (("ok", "2", "1", "3"), ("ok", "1", "2", "3"), ("ok", "1", "3", "2"), ("ok", "1", "6", "1")):
+        assert expected in rows
+    assert "4 heads cannot go round 6 Ulysses ranks" in rows["no", "1", "1", "6"]
+    assert "67 %" in rows["ok", "2", "1", "3"]
+    command = f"--model {cli.model} --num-workers 6 --cfg-degree 2 --ring-degree 3 --ulysses-degree 1"
+    assert f'pipedit generate "PROMPT" {command}' in ran.out
+    assert "on 6 workers (cpu)" in ran.out
+
+
+def test_doctors_command_runs_as_it_stands(cli: Cli) -> None:
+    line = cli("doctor", "--model", cli.model, "--num-workers", "6", "--json").document["degrees"]["command"]
+    flags = line.split(cli.model)[1].split()
+    assert "6 workers: cfg 2 x ring 3 x ulysses 1" in cli.generate("x", "-o", "x.gif", *flags).err
+
+
+def test_doctors_table_as_json_and_without_the_models_files(cli: Cli) -> None:
+    ran = cli("doctor", "--model", WAN_1B, "--num-gpus", "8", "--json")
+    assert ran.code == 1  # its weights are not here
+    degrees = ran.document["degrees"]
+    assert (degrees["heads"], degrees["tokens"], degrees["uses_guidance"]) == (12, 32_760, True)
+    (chosen,) = [row for row in degrees["combinations"] if row["chosen"]]
+    assert (chosen["cfg_degree"], chosen["ring_degree"], chosen["ulysses_degree"]) == (2, 1, 4)
+    (uneven,) = [row for row in degrees["combinations"] if row["ulysses_degree"] == 8]
+    assert (uneven["legal"], uneven["balance"], uneven["reason"]) == (True, 0.75, "")
+    assert "75 % efficient" in uneven["note"]
+
+
+def test_doctor_without_a_number_has_no_table(cli: Cli) -> None:
+    assert "degrees" not in cli("doctor", "--model", cli.model, "--json").document
+    assert "degrees" not in cli("doctor", "--model", "no-such-model", "--num-workers", "2", "--json").document
+
+
+def test_doctor_says_what_no_machine_has(cli: Cli) -> None:
+    assert cli("doctor", "--num-workers", "0").errors == ["num_workers=0 must be at least 1"]
+    assert "use at most 1024" in cli("doctor", "--num-workers", "1025").errors[0]
+
+
+def test_doctor_checks_devices_and_cores(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipedit.engine.settings.usable_cores", lambda: 1)
+    checks = cli("doctor", "--model", cli.model, "--num-workers", "2", "--json").document["checks"]
+    (workers,) = [check for check in checks if check["name"] == "workers"]
+    assert (workers["status"], workers["found"]) == ("warn", "2 workers share 1 core")
