@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pipedit.worker.machine import inspect_machine
 
+# More than what an idle system and the end of whatever started this leave behind.
+_BUSY_LOAD, _BUSY_CORES = 0.5, 0.2
 _PACKAGES = ("pipedit", "torch", "diffusers", "transformers", "av", "numpy")
 
 
@@ -28,6 +32,19 @@ def environment() -> dict[str, Any]:
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "commit": _commit(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def load() -> dict[str, Any]:
+    """How busy the machine is before anything is measured; takes half a second. Where it is busy, absolute times are
+    too long, and bounds that were measured as well too."""
+    cores = psutil.cpu_count() or 1
+    busy_cores = psutil.cpu_percent(interval=0.5) / 100 * cores
+    average = psutil.getloadavg()[0]
+    return {
+        "load_average": average,
+        "busy_cores": round(busy_cores, 2),
+        "is_busy": average > _BUSY_LOAD or busy_cores > _BUSY_CORES,
     }
 
 

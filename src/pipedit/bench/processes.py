@@ -1,13 +1,15 @@
 """Child processes of a benchmark: started, spoken to in JSON lines, and ended; every wait has a limit."""
 
+import contextlib
 import json
+import os
 import queue
 import shlex
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,34 +21,71 @@ _LAST_LINES = 12  # of a process that failed: the end of a traceback
 
 
 class Peer:
-    """A program under `peers/` that says {"ready": true} and then answers each "go" with one JSON line."""
+    """A program under `peers/` that says {"ready": true} and then answers each line with one JSON line. It ends when
+    its stdin does, so it outlives a killed parent by one run at most."""
 
-    def __init__(self, program: str, arguments: Sequence[str], *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        program: str,
+        arguments: Sequence[str],
+        *,
+        timeout_s: float,
+        enter: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+        wait_ready: bool = True,
+    ) -> None:
+        """`enter` is put before the command line, `variables` are added to the environment. Without `wait_ready` the
+        first answer is that it is ready."""
         self._name, self._timeout_s = program, timeout_s
         self._process = subprocess.Popen(
-            [sys.executable, str(PEERS / program), *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [*enter, sys.executable, str(PEERS / program), *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **(variables or {})},
+            start_new_session=True,  # Ctrl-C is for this process, which ends the program
         )  # fmt: skip
         self._lines: queue.Queue[str] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self._answer()
+        if wait_ready:
+            self._answer()
 
     def run(self) -> dict[str, Any]:
         """One run; its answer holds at least "seconds"."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
+        self.ask("go")
         return self._answer()
+
+    def ask(self, line: str) -> None:
+        """Sends a line; `poll` brings the answer."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended: the answer will tell
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+    def poll(self, wait_s: float) -> dict[str, Any] | None:
+        """The answer, or None if there is none within this time. Raises RuntimeError if the program ended."""
+        try:
+            line = self._lines.get(timeout=wait_s)
+        except queue.Empty:
+            return None
+        if not line:
+            code = self._process.wait(timeout=10)
+            self.close()
+            raise RuntimeError(f"{self._name} ended with exit code {code}; its messages are above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def kill(self) -> None:
+        """The first half of `close`, for programs that have to end together."""
+        self._process.kill()
 
     def close(self) -> None:
         """Ends the program. Can be called twice."""
-        self._process.kill()
+        self.kill()
         self._process.wait(timeout=10)
         self._reader.join(timeout=10)
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
-            stream.close()
+            with contextlib.suppress(BrokenPipeError):  # of a line that it did not read any more
+                stream.close()
 
     def __enter__(self) -> Self:
         return self
@@ -63,16 +102,10 @@ class Peer:
         self._lines.put("")  # the program ended
 
     def _answer(self) -> dict[str, Any]:
-        try:
-            line = self._lines.get(timeout=self._timeout_s)
-        except queue.Empty:
+        answer = self.poll(self._timeout_s)
+        if answer is None:
             self.close()
-            raise TimeoutError(f"{self._name} did not answer within {self._timeout_s:.0f} s") from None
-        if not line:
-            code = self._process.wait(timeout=10)
-            self.close()
-            raise RuntimeError(f"{self._name} ended with exit code {code}; its messages are above")
-        answer: dict[str, Any] = json.loads(line)
+            raise TimeoutError(f"{self._name} did not answer within {self._timeout_s:.0f} s")
         return answer
 
 
