@@ -1,6 +1,7 @@
 """Runs an adapter's stages one after the other and compares the result with the plain diffusers pipeline."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,14 @@ def decode(adapter: ModelAdapter, request: VideoRequest, latents: torch.Tensor, 
     """All frames, chunk by chunk."""
     stage = adapter.load_decode_stage("cpu", adapter.default_precision("cpu"), tiling=tiling)
     state = stage.begin(request, latents)
-    return np.concatenate([stage.chunk(state, index) for index in range(adapter.num_decode_chunks(request))])
+    return joined([stage.chunk(state, index) for index in range(adapter.num_decode_chunks(request))])
+
+
+def joined(chunks: Sequence[Frames | None]) -> Frames:
+    """The video of its chunks, all of which must be there."""
+    present = [chunk for chunk in chunks if chunk is not None]
+    assert len(present) == len(chunks)
+    return np.concatenate(present)
 
 
 def run_stages(adapter: ModelAdapter, request: VideoRequest) -> tuple[torch.Tensor, Frames]:

@@ -4,13 +4,15 @@ Fused attention is assumed (its score matrix is never in memory), as on GPUs and
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from pipedit.parallel.splits import split_evenly
 
 
 class _Allocations(TorchDispatchMode):
@@ -58,3 +60,35 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         result = run()
     del result
     return allocations.peak
+
+
+class AbsentGroup:
+    """A group of ranks of which only one is there: what the others would send has its size and no values."""
+
+    def __init__(self, size: int, index: int) -> None:
+        self.size, self.index = size, index
+
+    def begin(self) -> None:
+        pass
+
+    def shares(self, total: int) -> tuple[int, ...]:
+        return split_evenly(total, self.size)
+
+    def with_edges(self, tensors: Sequence[torch.Tensor], members: int) -> list[torch.Tensor]:
+        neighbours = [self.index > 0, True, self.index + 1 < members]
+
+        def extended(x: torch.Tensor) -> torch.Tensor:
+            row = torch.empty_like(x[..., :1, :])
+            return torch.cat([part for part, there in zip((row, x, row), neighbours, strict=True) if there], dim=-2)
+
+        return [extended(x) for x in tensors]
+
+    def gather_rows(self, tensor: torch.Tensor, shares: Sequence[int]) -> torch.Tensor:
+        others = [tensor.new_empty(*tensor.shape[:-2], rows, tensor.shape[-1]) for rows in shares]
+        return torch.cat([*others[: self.index], tensor, *others[self.index + 1 :]], dim=-2)
+
+    def collect(self, own: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor] | None:
+        return [own, *(own.new_empty(count) for count in counts[1:])] if self.index == 0 else None
+
+    def pass_on(self, outgoing: torch.Tensor | None, incoming: torch.Tensor | None) -> None:
+        pass

@@ -17,7 +17,7 @@ from pipedit.models.registry import open_model
 from pipedit.models.wan.decode import WanDecodeStage
 from pipedit.models.wan.denoise import WanDenoiseStage
 from tests import tiny_pipelines
-from tests.models.parity import assert_close, make_request, run_reference, run_stages
+from tests.models.parity import assert_close, joined, make_request, run_reference, run_stages
 
 KINDS = ("wan", "wan22", "wan_ti2v")
 
@@ -108,7 +108,7 @@ def test_chunked_decode_is_bit_equal_to_the_whole(kind: str, tiny_folder: Callab
     mean, std = (torch.tensor(v).view(per_channel) for v in (config.latents_mean, config.latents_std))
     with torch.inference_mode():
         video = stage.vae.decode(latents / (1.0 / std) + mean).sample
-    assert np.array_equal(np.concatenate(chunks), to_frames(video))
+    assert np.array_equal(joined(chunks), to_frames(video))
 
 
 def test_tiled_decode_equals_diffusers_tiling(tiny_folder: Callable[[str], Path]) -> None:
@@ -120,7 +120,7 @@ def test_tiled_decode_equals_diffusers_tiling(tiny_folder: Callable[[str], Path]
     vae.tile_sample_stride_height = vae.tile_sample_stride_width = 24
     latents = random_latents(adapter, request)
     state = stage.begin(request, latents)
-    chunks = np.concatenate([stage.chunk(state, index) for index in range(3)])
+    chunks = joined([stage.chunk(state, index) for index in range(3)])
     vae.use_tiling = True
     with torch.inference_mode():
         video = vae.decode(state.latents).sample

@@ -17,8 +17,18 @@ def require_finite(latents: torch.Tensor) -> None:
         )
 
 
-def to_frames(video: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """[1, 3, F, H, W] in [-1, 1] (clamped here) -> uint8 [F, H, W, 3] on the host, rounded to the nearest level."""
+def to_levels(video: torch.Tensor) -> torch.Tensor:
+    """[1, 3, F, H, W] in [-1, 1] (clamped here) -> uint8 [F, H, W, 3] where it was, rounded to the nearest level. Each
+    position for itself, so that a part of a picture gives a part of the frame."""
     levels = (video[0].float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-    frames: np.ndarray[Any, np.dtype[np.uint8]] = levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    return levels.permute(1, 2, 3, 0).contiguous()
+
+
+def to_frames(video: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """`to_levels`, on the host."""
+    return to_host(to_levels(video))
+
+
+def to_host(levels: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    frames: np.ndarray[Any, np.dtype[np.uint8]] = levels.cpu().numpy()
     return frames

@@ -33,8 +33,8 @@ class ChannelRows:
         timeout: datetime.timedelta = TIMEOUT,
         open_channel: Callable[..., Channel] = Channel.open,
     ) -> None:
-        """`ranks`: global ranks that decode together, in order; `rank` is this one. torch.distributed is initialised
-        unless there is one rank only. Does not communicate yet."""
+        """`ranks`: global ranks that decode together, in order, and all that torch.distributed has; `rank` is this one.
+        Does not communicate yet."""
         self.size, self.index = len(ranks), list(ranks).index(rank)
         self._ranks, self._rank, self._device, self._timeout = tuple(ranks), rank, torch.device(device), timeout
         self._open_channel = open_channel

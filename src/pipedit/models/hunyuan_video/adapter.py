@@ -132,15 +132,18 @@ class HunyuanVideoAdapter(ModelAdapter):
     def layer_split(self) -> LayerSplit:
         return self.layout.layer_split()
 
-    def num_decode_chunks(self, request: VideoRequest) -> int:
-        return num_temporal_tiles(self.latent_shape(request)[2], self.layout.temporal_factor)
+    def num_decode_chunks(self, request: VideoRequest, decoders: int = 1) -> int:
+        """Rounds of as many temporal tiles as there are ranks."""
+        return -(-num_temporal_tiles(self.latent_shape(request)[2], self.layout.temporal_factor) // decoders)
 
-    def uses_true_guidance(self, request: VideoRequest) -> bool:
-        """Two forwards a step, one of them with the negative prompt."""
+    def uses_guidance(self, request: VideoRequest) -> bool:
+        """True guidance, against the negative prompt; `guidance_scale` is an embedding and costs no forward."""
         return (request.true_cfg_scale or 0) > 1 and request.negative_prompt is not None
 
-    def cost(self, request: VideoRequest, precision: Precision, *, tiling: bool = False) -> RequestCost:
-        layout, forwards = self.token_layout(request), 2 if self.uses_true_guidance(request) else 1
+    def cost(
+        self, request: VideoRequest, precision: Precision, *, tiling: bool = False, decoders: int = 1
+    ) -> RequestCost:
+        layout, forwards = self.token_layout(request), 2 if self.uses_guidance(request) else 1
         _, channels, frames, rows, columns = self.latent_shape(request)
         checkpoint = self.checkpoint
         llama, clip = checkpoint.config("text_encoder"), checkpoint.config("text_encoder_2")
@@ -168,11 +171,11 @@ class HunyuanVideoAdapter(ModelAdapter):
             decode_first_chunk=first,
             decode_chunk=middle,
             decode_last_chunk=last if num_chunks > 1 else None,
-            parts=self._parts(layout, precision, (frames, rows, columns), tiling=tiling),
+            parts=self._parts(layout, precision, (frames, rows, columns), tiling=tiling, decoders=decoders),
         )
 
     def _parts(
-        self, layout: TokenLayout, precision: Precision, latents: tuple[int, int, int], *, tiling: bool
+        self, layout: TokenLayout, precision: Precision, latents: tuple[int, int, int], *, tiling: bool, decoders: int
     ) -> dict[str, PartBytes]:
         shape = transformer_costs.TransformerShape.from_config(self.layout.transformer_config)
         llama, clip = self.checkpoint.config("text_encoder"), self.checkpoint.config("text_encoder_2")
@@ -204,6 +207,7 @@ class HunyuanVideoAdapter(ModelAdapter):
                     columns=latents[2],
                     element=vae,
                     tiling=tiling,
+                    decoders=decoders,
                 ),
             ),
         }

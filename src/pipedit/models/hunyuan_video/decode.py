@@ -1,7 +1,10 @@
 """HunyuanVideo's decode stage: one temporal tile after the other, equal to the tiled decode of the whole video.
 
 Between tiles it keeps only the few frames that the next one is blended with, so that memory does not grow with the
-video. Spatial tiling is optional and changes pixels near the seams, as it does in diffusers.
+video. Tiles know nothing of each other until they are blended, so a group of N ranks decodes N of them in each round,
+bit-equal to one rank; a video of one tile is decoded by the first rank alone. Spatial tiling is optional and changes
+pixels near the seams, as it does in diffusers; a group then shares the spatial tiles of each temporal one, which
+changes nothing more.
 """
 
 import dataclasses
@@ -14,9 +17,11 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import Autoencod
 from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import Precision
 from pipedit.models.hunyuan_video.layout import HunyuanVideoLayout
-from pipedit.models.hunyuan_video.tiles import BLENDED_FRAMES, temporal_tile
+from pipedit.models.hunyuan_video.tiles import BLENDED_FRAMES, TemporalTile, num_temporal_tiles, temporal_tile
 from pipedit.models.loading import load_module
-from pipedit.models.pixels import require_finite, to_frames
+from pipedit.models.pixels import require_finite, to_frames, to_host, to_levels
+from pipedit.models.rows import RowGroup
+from pipedit.models.spatial_tiles import PictureTiling, Place, decode_tiles
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -29,10 +34,8 @@ class HunyuanVideoDecodeState:
 
 class HunyuanVideoDecodeStage:
     def __init__(self, vae: AutoencoderKLHunyuanVideo, device: str, *, tiling: bool) -> None:
-        self.vae, self._device = vae, device
-        vae.use_framewise_decoding = False  # tiles in time are cut here, one at a time
-        if tiling:
-            vae.enable_tiling()
+        self.vae, self._device, self._is_tiling = vae, device, tiling
+        self._group: RowGroup | None = None
 
     @classmethod
     def load(
@@ -47,20 +50,107 @@ class HunyuanVideoDecodeStage:
         )
         return cls(vae, device, tiling=tiling)
 
+    def attach(self, group: RowGroup) -> None:
+        """From now on every rank of the group is given the same latents and asked for the same chunks."""
+        self._group = group if group.size > 1 else None
+
     @torch.inference_mode()
     def begin(self, request: VideoRequest, latents: torch.Tensor) -> HunyuanVideoDecodeState:
         require_finite(latents)
+        if self._group is not None:
+            self._group.begin()
         dtype = next(self.vae.decoder.parameters()).dtype
         return HunyuanVideoDecodeState(latents=latents.to(self._device, dtype) / self.vae.config.scaling_factor)
 
     @torch.inference_mode()
-    def chunk(self, state: HunyuanVideoDecodeState, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-        """Frames of temporal tile `index`; it must follow tile `index` - 1 of the same state."""
-        tile = temporal_tile(state.latents.shape[2], self.vae.temporal_compression_ratio, index)
-        window = state.latents[:, :, tile.latents.start : tile.latents.stop]
-        video: torch.Tensor = self.vae.decode(window, return_dict=False)[0][:, :, int(tile.drops_first) :]
-        if index > 0:
+    def chunk(self, state: HunyuanVideoDecodeState, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
+        """Frames of temporal tile `index`, or, in a group, of round `index`: a tile for each rank, or as many as are
+        left. It must follow `index` - 1 of the same state. None on ranks of a group but the first."""
+        if self._group is None:
+            video = self._next_frames(state, index)
+            return None if video is None else to_frames(video)
+        start = index * self._group.size
+        tiles = range(start, min(start + self._group.size, self._num_tiles(state)))
+        if not self._is_tiled(state.latents):
+            return self._round(self._group, state, tiles)
+        parts = [to_levels(video) for tile in tiles if (video := self._next_frames(state, tile)) is not None]
+        return to_host(torch.cat(parts)) if parts else None
+
+    def _num_tiles(self, state: HunyuanVideoDecodeState) -> int:
+        return num_temporal_tiles(state.latents.shape[2], self.vae.temporal_compression_ratio)
+
+    def _tile(self, state: HunyuanVideoDecodeState, number: int) -> TemporalTile:
+        return temporal_tile(state.latents.shape[2], self.vae.temporal_compression_ratio, number)
+
+    def _next_frames(self, state: HunyuanVideoDecodeState, number: int) -> torch.Tensor | None:
+        """What temporal tile `number` adds to the video; its spatial tiles, if it has any, are shared by the group, and
+        ranks that only helped get None."""
+        tile = self._tile(state, number)
+        video = self._decode(state, tile)
+        if video is None:
+            return None
+        if number > 0:
             assert state.overlap is not None, "tiles come in order"
             video = self.vae.blend_t(state.overlap, video, BLENDED_FRAMES)
         state.overlap = video[:, :, tile.num_frames :].clone()  # a copy, so that the rest of the tile is freed
-        return to_frames(video[:, :, : tile.num_frames])
+        return video[:, :, : tile.num_frames]
+
+    def _decode(self, state: HunyuanVideoDecodeState, tile: TemporalTile) -> torch.Tensor | None:
+        """One temporal tile, not blended yet; None on ranks that only helped."""
+        window = state.latents[:, :, tile.latents.start : tile.latents.stop]
+        if self._is_tiled(window):
+            video = decode_tiles(window, self._tiling, self._decode_window, self.vae, self._group)
+        else:
+            video = self._decode_window((0, 0), window)
+        return None if video is None else video[:, :, int(tile.drops_first) :]
+
+    def _decode_window(self, _place: Place, latents: torch.Tensor) -> torch.Tensor:
+        video: torch.Tensor = self.vae.decoder(self.vae.post_quant_conv(latents))
+        return video
+
+    # -- a temporal tile for each rank of a group -----------------------------------------------------------------
+
+    def _round(
+        self, group: RowGroup, state: HunyuanVideoDecodeState, tiles: range
+    ) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
+        """Each rank decodes a tile, blends it with the end of the one before, which that one's rank sends, and brings
+        it to rank 0 as bytes."""
+        number = tiles.start + group.index
+        if number not in tiles:
+            return None  # fewer tiles are left than there are ranks
+        tile = self._tile(state, number)
+        video = self._decode(state, tile)
+        assert video is not None
+        before = self._exchange_ends(group, state, number, video)
+        if before is not None:
+            video = self.vae.blend_t(before, video, BLENDED_FRAMES)
+        own = to_levels(video[:, :, : tile.num_frames])
+        counts = [self._tile(state, other).num_frames * own[0].numel() for other in tiles]
+        pieces = group.collect(own.flatten(), [*counts, *[0] * (group.size - len(tiles))])
+        if pieces is None:
+            return None
+        return to_host(torch.cat(pieces).view(-1, *own.shape[1:]))
+
+    def _exchange_ends(
+        self, group: RowGroup, state: HunyuanVideoDecodeState, number: int, video: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The end of the tile before tile `number`, for the end of this one. Rank 0 gets that of the last rank of this
+        round, which it needs in the next one."""
+        total = self._num_tiles(state)
+        before = video.new_empty(*video.shape[:2], BLENDED_FRAMES, *video.shape[3:])
+        end = video[:, :, self._tile(state, number).num_frames :].contiguous()
+        awaited = number if group.index > 0 else number + group.size
+        group.pass_on(end if number + 1 < total else None, before if awaited < total else None)
+        if group.index > 0:
+            return before
+        earlier, state.overlap = state.overlap, before
+        return earlier
+
+    # -- spatial tiling -------------------------------------------------------------------------------------------
+
+    @property
+    def _tiling(self) -> PictureTiling:
+        return PictureTiling.of(self.vae)
+
+    def _is_tiled(self, latents: torch.Tensor) -> bool:
+        return self._is_tiling and self._tiling.applies(latents)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipedit.models.hunyuan_video.tiles import PICTURE
-from pipedit.models.tiles import tile_sizes
+from pipedit.models.tiles import areas_of, largest_share, tile_sizes
 from pipedit.plan.costs import Operations
 
 _CHANNELS = (128, 256, 512, 512)
@@ -132,9 +132,17 @@ def _tiles(config: dict[str, Any], rows: int, columns: int, *, tiling: bool) -> 
 
 
 def decode_working_bytes(
-    config: dict[str, Any], *, frames: int, rows: int, columns: int, element: int, tiling: bool = False
+    config: dict[str, Any],
+    *,
+    frames: int,
+    rows: int,
+    columns: int,
+    element: int,
+    tiling: bool = False,
+    decoders: int = 1,
 ) -> int:
-    """Peak of decoding one temporal tile: the hungriest of its spatial tiles, and the pictures put together of them.
+    """Peak of decoding one temporal tile: the hungriest of its spatial tiles, and the pictures put together of them. Of
+    several `decoders`, the first rank's: what the others send it comes on top, and no tile gets smaller.
 
     Without spatial tiles either the last upsampling or the mid block's dense mask decides: the mask has one entry for
     each pair of latent positions.
@@ -144,8 +152,18 @@ def decode_working_bytes(
     doublings = int(math.log2(config.get("temporal_compression_ratio", 4)))
     space = int(config.get("spatial_compression_ratio", 8))
     values = 3 * _lengthened(frames, doublings) * rows * columns * space**2
-    assembled = values * 2 * element if tiles.total() > 1 else 0
-    return max(peak + assembled, values * (2 * element + 3 * 4))  # the latter: turning values into bytes
+    to_bytes = values * (2 * element + 3 * 4)
+    assembled = values * 2 * element
+    if tiles.total() == 1:
+        arrived = 2 * decoders * values if decoders > 1 else 0  # frames of a round, as bytes, and those joined
+        return max(peak, to_bytes + arrived)
+    if decoders == 1:
+        return max(peak + assembled, to_bytes)
+    areas, position = areas_of(tiles), values // (rows * columns)
+    covered = sum(area * count for area, count in areas.items()) * position
+    own = largest_share(areas, decoders) * position
+    kept = decoders * values + values * element // 4  # the round so far, as bytes, and what is blended with the rest
+    return kept + max(peak + own * element, 2 * covered * element + assembled, to_bytes)
 
 
 def _tile_working_bytes(config: dict[str, Any], frames: int, rows: int, columns: int, element: int) -> int:

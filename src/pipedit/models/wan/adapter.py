@@ -148,7 +148,8 @@ class WanAdapter(ModelAdapter):
     def layer_split(self) -> LayerSplit:
         return self.layout.layer_split()
 
-    def num_decode_chunks(self, request: VideoRequest) -> int:
+    def num_decode_chunks(self, request: VideoRequest, decoders: int = 1) -> int:
+        """One a latent frame; ranks share its rows."""
         return self.latent_shape(request)[2]
 
     def uses_guidance(self, request: VideoRequest) -> bool:
@@ -156,7 +157,9 @@ class WanAdapter(ModelAdapter):
         assert request.guidance_scale is not None
         return request.guidance_scale > 1.0
 
-    def cost(self, request: VideoRequest, precision: Precision, *, tiling: bool = False) -> RequestCost:
+    def cost(
+        self, request: VideoRequest, precision: Precision, *, tiling: bool = False, decoders: int = 1
+    ) -> RequestCost:
         layout, forwards = self.token_layout(request), 2 if self.uses_guidance(request) else 1
         _, channels, frames, rows, columns = self.latent_shape(request)
         forward = transformer_costs.transformer_cost(
@@ -181,11 +184,11 @@ class WanAdapter(ModelAdapter):
             forward=forward,
             decode_first_chunk=first,
             decode_chunk=later,
-            parts=self._parts(layout, precision, rows, columns, tiling=tiling),
+            parts=self._parts(layout, precision, rows, columns, tiling=tiling, decoders=decoders),
         )
 
     def _parts(
-        self, layout: TokenLayout, precision: Precision, rows: int, columns: int, *, tiling: bool
+        self, layout: TokenLayout, precision: Precision, rows: int, columns: int, *, tiling: bool, decoders: int
     ) -> dict[str, PartBytes]:
         shape = transformer_costs.TransformerShape.from_config(self.layout.transformer_config)
         text_config, text = self.checkpoint.config("text_encoder"), element_bytes(precision.text_encoder)
@@ -210,7 +213,12 @@ class WanAdapter(ModelAdapter):
             "vae": PartBytes(
                 weights=vae_costs.decoder_parameters(self.layout.vae_config) * vae,
                 working=vae_costs.decode_working_bytes(
-                    self.layout.vae_config, rows=rows, columns=columns, element=vae, tiling=tiling
+                    self.layout.vae_config,
+                    rows=rows,
+                    columns=columns,
+                    element=vae,
+                    tiling=tiling,
+                    decoders=decoders,
                 ),
             ),
         }

@@ -1,11 +1,13 @@
 """Wan's decode stage: latent frame by latent frame with the VAE's own feature cache, equal to the one-shot decode.
 
-The cache belongs to the request, not to the module, so that several videos can be decoded in turns. Spatial tiling is
-optional and changes pixels near the seams, as it does in diffusers; every tile keeps its own cache through time.
+The cache belongs to the request, not to the module, so that several videos can be decoded in turns. A group of ranks
+shares each picture by slabs of rows, which is exact (see halo.py); time cannot be cut, because each frame needs the
+cache of the one before. Spatial tiling is optional and changes pixels near the seams, as it does in diffusers; every
+tile keeps its own cache through time. A group then shares the tiles, which changes nothing more.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,23 +17,32 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, W
 from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import Precision
 from pipedit.models.loading import load_module
-from pipedit.models.pixels import require_finite, to_frames
+from pipedit.models.pixels import require_finite, to_frames, to_host, to_levels
+from pipedit.models.rows import RowGroup
+from pipedit.models.spatial_tiles import PictureTiling, Place, decode_tiles
+from pipedit.models.wan.halo import on_row_slabs
 from pipedit.models.wan.layout import WanLayout
 
 FeatureCache = list[torch.Tensor | str | None]
 
 
+WHOLE: Place = (0, 0)  # the place of a picture, or of a slab of rows, that is not cut into tiles
+
+
 @dataclasses.dataclass(kw_only=True)
 class WanDecodeState:
-    """De-normalised latents [1, C, F, H, W] in the VAE's precision and the feature cache of each tile."""
+    """De-normalised latents [1, C, F, H, W] in the VAE's precision, whole or this rank's rows, and the feature cache of
+    each tile. `shares`: latent rows of each rank of the group, where the pictures are cut into slabs."""
 
     latents: torch.Tensor
-    caches: dict[tuple[int, int], FeatureCache]
+    caches: dict[Place, FeatureCache]
+    shares: tuple[int, ...] | None
 
 
 class WanDecodeStage:
     def __init__(self, vae: AutoencoderKLWan, device: str, *, tiling: bool) -> None:
-        self.vae, self._device, self._tiling = vae, device, tiling
+        self.vae, self._device, self._is_tiling = vae, device, tiling
+        self._group: RowGroup | None = None
         self._num_caches = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
 
     @classmethod
@@ -45,9 +56,15 @@ class WanDecodeStage:
         )
         return cls(vae, device, tiling=tiling)
 
+    def attach(self, group: RowGroup) -> None:
+        """From now on every rank of the group is given the same latents and asked for the same chunks."""
+        self._group = group if group.size > 1 else None
+
     @torch.inference_mode()
     def begin(self, request: VideoRequest, latents: torch.Tensor) -> WanDecodeState:
         require_finite(latents)
+        if self._group is not None:
+            self._group.begin()
         config = self.vae.config
         dtype = next(self.vae.decoder.parameters()).dtype
         latents = latents.to(self._device, dtype)
@@ -55,67 +72,68 @@ class WanDecodeStage:
         mean = torch.tensor(config.latents_mean).view(per_channel).to(latents)
         inverse_std = 1.0 / torch.tensor(config.latents_std).view(per_channel).to(latents)
         latents = latents / inverse_std + mean
-        if not self._is_tiled(latents):
-            latents = self.vae.post_quant_conv(latents)
-        return WanDecodeState(latents=latents, caches={})
+        if self._is_tiled(latents):
+            return WanDecodeState(latents=latents, caches={}, shares=None)
+        latents, shares = self.vae.post_quant_conv(latents), None
+        if self._group is not None:
+            shares = self._group.shares(latents.shape[3])
+            latents = latents.split(shares, dim=3)[self._group.index].clone()  # a copy, so that the rest is freed
+        return WanDecodeState(latents=latents, caches={}, shares=shares)
 
     @torch.inference_mode()
-    def chunk(self, state: WanDecodeState, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    def chunk(self, state: WanDecodeState, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
+        """The frame, or the four frames, of latent frame `index`; it must follow frame `index` - 1 of the same state.
+        None on ranks of a group but the first."""
         latents = state.latents[:, :, index : index + 1]
+        if state.shares is not None:
+            return self._decode_slabs(state, state.shares, latents, index)
         if self._is_tiled(latents):
             video = self._decode_tiles(state, latents, index)
         else:
-            video = self._decode(state, (0, 0), latents, index)
-        if self.vae.config.patch_size is not None:
-            video = unpatchify(video, patch_size=self.vae.config.patch_size)
-        return to_frames(video)
+            video = self._decode(state, WHOLE, latents, index)
+        return None if video is None else to_frames(self._unpatchified(video))
 
-    def _decode(self, state: WanDecodeState, tile: tuple[int, int], latents: torch.Tensor, index: int) -> torch.Tensor:
+    def _decode(self, state: WanDecodeState, place: Place, latents: torch.Tensor, index: int) -> torch.Tensor:
         """One latent frame of one tile; it must follow frame `index` - 1 of the same tile."""
-        cache = state.caches.setdefault(tile, [None] * self._num_caches)
+        cache = state.caches.setdefault(place, [None] * self._num_caches)
         video: torch.Tensor = self.vae.decoder(latents, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
         return video
 
+    def _unpatchified(self, video: torch.Tensor) -> torch.Tensor:
+        patch = self.vae.config.patch_size
+        return video if patch is None else unpatchify(video, patch_size=patch)
+
+    # -- slabs of rows, one for each rank of a group --------------------------------------------------------------
+
+    def _decode_slabs(
+        self, state: WanDecodeState, shares: Sequence[int], latents: torch.Tensor, index: int
+    ) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
+        """Bytes travel to rank 0, not values: turning one into the other looks at single positions too."""
+        group = self._group
+        assert group is not None
+        if shares[group.index] == 0:
+            return None  # fewer latent rows than ranks
+        with on_row_slabs(self.vae.decoder, group, shares):
+            video = self._decode(state, WHOLE, latents, index)
+        own = to_levels(self._unpatchified(video))
+        per_row = own.numel() // shares[group.index]
+        slabs = group.collect(own.flatten(), [rows * per_row for rows in shares])
+        if slabs is None:
+            return None
+        frames, _, width, colours = own.shape
+        return to_host(torch.cat([slab.view(frames, -1, width, colours) for slab in slabs if len(slab)], dim=1))
+
     # -- spatial tiling -----------------------------------------------------------------------------------------
 
+    @property
+    def _tiling(self) -> PictureTiling:
+        return PictureTiling.of(self.vae, patch=self.vae.config.patch_size or 1)
+
     def _is_tiled(self, latents: torch.Tensor) -> bool:
-        vae = self.vae
-        return self._tiling and (
-            latents.shape[3] > vae.tile_sample_min_height // vae.spatial_compression_ratio
-            or latents.shape[4] > vae.tile_sample_min_width // vae.spatial_compression_ratio
-        )
+        return self._is_tiling and self._tiling.applies(latents)
 
-    def _decode_tiles(self, state: WanDecodeState, latents: torch.Tensor, index: int) -> torch.Tensor:
-        """Overlapping tiles, blended over their overlap as `AutoencoderKLWan.tiled_decode` blends them."""
-        vae, patch = self.vae, self.vae.config.patch_size or 1
-        stride = vae.tile_sample_stride_height // patch, vae.tile_sample_stride_width // patch
-        blend = vae.tile_sample_min_height // patch - stride[0], vae.tile_sample_min_width // patch - stride[1]
-        above: list[torch.Tensor] = []
-        rows = []
-        for row, starts in enumerate(self._tile_starts(latents)):
-            tiles: list[torch.Tensor] = []
-            for column, (top, left) in enumerate(starts):
-                window = self.vae.post_quant_conv(self._tile_window(latents, top, left))
-                tile = self._decode(state, (row, column), window, index)
-                if row > 0:
-                    tile = vae.blend_v(above[column], tile, blend[0])
-                if column > 0:
-                    tile = vae.blend_h(tiles[column - 1], tile, blend[1])
-                tiles.append(tile)
-            rows.append(torch.cat([tile[..., : stride[0], : stride[1]] for tile in tiles], dim=-1))
-            above = tiles
-        ratio = vae.spatial_compression_ratio // patch
-        height, width = latents.shape[3] * ratio, latents.shape[4] * ratio
-        return torch.cat(rows, dim=-2)[..., :height, :width]
+    def _decode_tiles(self, state: WanDecodeState, latents: torch.Tensor, index: int) -> torch.Tensor | None:
+        def decode(place: Place, window: torch.Tensor) -> torch.Tensor:
+            return self._decode(state, place, self.vae.post_quant_conv(window), index)
 
-    def _tile_starts(self, latents: torch.Tensor) -> Iterator[list[tuple[int, int]]]:
-        ratio = self.vae.spatial_compression_ratio
-        down = self.vae.tile_sample_stride_height // ratio
-        across = self.vae.tile_sample_stride_width // ratio
-        for top in range(0, latents.shape[3], down):
-            yield [(top, left) for left in range(0, latents.shape[4], across)]
-
-    def _tile_window(self, latents: torch.Tensor, top: int, left: int) -> torch.Tensor:
-        ratio = self.vae.spatial_compression_ratio
-        height, width = self.vae.tile_sample_min_height // ratio, self.vae.tile_sample_min_width // ratio
-        return latents[..., top : top + height, left : left + width]
+        return decode_tiles(latents, self._tiling, decode, self.vae, self._group)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from pipedit.models.tiles import Tiling, tile_sizes
+from pipedit.models.tiles import Tiling, areas_of, largest_share, tile_sizes
 from pipedit.plan.costs import Operations
 
 # Spatial tiles in pixels: defaults of `AutoencoderKLWan`, which holds them as attributes, not in its config.
@@ -113,25 +113,41 @@ def _tiles(config: dict[str, Any], rows: int, columns: int, *, tiling: bool) -> 
     return tile_sizes(rows, columns, PICTURE.scaled_down(factor) if tiling else None)
 
 
-def decode_working_bytes(config: dict[str, Any], *, rows: int, columns: int, element: int, tiling: bool = False) -> int:
+def decode_working_bytes(
+    config: dict[str, Any], *, rows: int, columns: int, element: int, tiling: bool = False, decoders: int = 1
+) -> int:
     """Peak of decoding one latent frame: the caches of all tiles (they live from frame to frame), the hungriest
-    convolution of one tile, and the pictures put together of the tiles."""
+    convolution of one tile, and the pictures put together of the tiles. Of several `decoders`, the first rank's."""
     tiles = _tiles(config, rows, columns, tiling=tiling)
-    convolutions = list(_convolutions(config))
-    cached = sum(c.cached * c.in_channels * c.space**2 for c in convolutions)
-    peak = max(_residual_bytes(c, element) for c in convolutions if c.entered)
     frames, space = int(2 ** sum(config["temperal_downsample"])), int(config.get("scale_factor_spatial", 8))
-    values = 3 * frames * rows * columns * space**2
-    assembled = values * 2 * element if tiles.total() > 1 else 0
-    covered = sum(height * width * count for (height, width), count in tiles.items())
-    largest = max(height * width for height, width in tiles)
-    return covered * cached * element + max(largest * peak + assembled, values * (2 * element + 3 * 4))
+    position = 3 * frames * space**2  # values of the video for one latent position
+    cached = sum(c.cached * c.in_channels * c.space**2 for c in _convolutions(config)) * element
+    areas = areas_of(tiles)
+    whole, covered, largest = rows * columns, sum(area * count for area, count in areas.items()), max(areas)
+    if tiles.total() == 1:
+        slab = min(-(-rows // decoders), rows)
+        peak = _hungriest(config, element, slab if decoders > 1 else None)
+        bytes_out = 2 * whole * position if decoders > 1 else 0  # slabs of bytes, and the frames put together of them
+        largest = slab * columns
+        return largest * (cached + max(peak, position * (2 * element + 3 * 4))) + bytes_out
+    peak, assembled = largest * _hungriest(config, element, None), whole * position * 2 * element
+    if decoders == 1:
+        return covered * cached + max(peak + assembled, whole * position * (2 * element + 3 * 4))
+    own, arrived = largest_share(areas, decoders), covered * position * element
+    return own * cached + max(peak + own * position * element, 2 * arrived + assembled)
 
 
-def _residual_bytes(c: _Convolution, element: int) -> int:
+def _hungriest(config: dict[str, Any], element: int, slab: int | None) -> int:
+    return max(_residual_bytes(c, element, slab) for c in _convolutions(config) if c.entered)
+
+
+def _residual_bytes(c: _Convolution, element: int, slab: int | None) -> int:
     """Bytes for one latent position at the hungriest moment around a convolution of a residual block: its input joined
-    with the cached frames and padded; or, in half precision, its input's norm in float32."""
-    stream = c.time * (c.entered + c.out_channels) * element
-    joining = (2 * (c.time + c.cached) * 1.02 + c.time + c.cached) * c.in_channels * element
+    with the cached frames and padded; or, in half precision, its input's norm in float32. On a `slab` of so many latent
+    rows, input and cache are there once more, with the neighbours' rows."""
+    edges = 1.0 if slab is None else 1 + 2 / (slab * c.space)
+    stream = c.time * (c.entered + c.out_channels * edges) * element
+    copies = (2 if slab is None else 3) * 1.02 * edges
+    joining = (c.time + c.cached) * (copies + 1) * c.in_channels * element
     norming = c.time * c.in_channels * (element + (2 * 4 if element < 4 else 0))
     return int(c.space**2 * (stream + max(joining, norming)))
