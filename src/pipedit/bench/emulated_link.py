@@ -136,7 +136,7 @@ class CopyingLink(EmulatedLink):
         """After a synchronisation. Longer than the rate says where attention slows the copies down, or a GPU under
         load lowers its clock, which the spinning counts in."""
         transfers, self._transfers = self._transfers, []
-        return sum(start.elapsed_time(end) for start, end in transfers) / 1000
+        return float(sum(start.elapsed_time(end) for start, end in transfers)) / 1000
 
     def _spare_cycles(self, payload_bytes: int) -> int:
         """Cycles between the end of an undisturbed copy and the time at which the link would have delivered it."""

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Collection, Iterable
 
 from pipedit.core import messages
-from pipedit.core.errors import PipeditError
+from pipedit.core.errors import PipeditError, WorkerDiedError
 from pipedit.core.placement import Placement, Role
 from pipedit.core.request import VideoRequest
 from pipedit.core.spans import Span
@@ -32,7 +32,10 @@ class _Running:
 
 
 class Driver:
-    """One thread calls it; only `cancel` may be called from another."""
+    """One thread calls it; only `cancel` may be called from another.
+
+    When workers die, requests that had begun fail; the others wait until `start` is called again.
+    """
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
@@ -41,6 +44,7 @@ class Driver:
         self._news: collections.deque[Update] = collections.deque()
         self._to_cancel: collections.deque[str] = collections.deque()  # filled by any thread, emptied by `turn`
         self._is_turning = False
+        self.has_workers = False
         self.spans: collections.deque[Span] = collections.deque(maxlen=MAX_SPANS)
 
     def submit(self, request_id: str, request: VideoRequest, work: Work) -> None:
@@ -66,8 +70,15 @@ class Driver:
                 return update
         return None
 
-    def turn(self, executor: Executor) -> None:
-        """Sends what can be sent, and waits for one answer if any is owed. Raises PipeditError if two threads turn."""
+    def start(self, executor: Executor, timeout_s: float) -> None:
+        """Starts the workers, if there are none."""
+        if not self.has_workers:
+            self.spans += executor.start(timeout_s)
+            self.has_workers = True
+
+    def turn(self, executor: Executor | None) -> None:
+        """Sends what can be sent, and waits for one answer if any is owed. Without workers, only takes note of what was
+        cancelled. Raises PipeditError if two threads turn."""
         if self._is_turning:
             raise PipeditError("another thread is using this engine; an engine works for one thread at a time")
         self._is_turning = True
@@ -75,21 +86,35 @@ class Driver:
             while self._to_cancel:
                 self._scheduler.cancel(self._to_cancel.popleft())
             self._note_endings()
-            for command in self._scheduler.next_commands():
-                executor.send(command)
-            if not self._scheduler.is_idle:
-                for event in executor.receive(RECEIVE_TIMEOUT_S):
-                    self._note(event)
+            if self.has_workers:
+                assert executor is not None
+                self._exchange(executor)
             self._note_endings()
+        except WorkerDiedError as error:
+            self.lose_workers(error)
         finally:
             self._is_turning = False
 
-    def drop(self, request_ids: Iterable[str], executor: Executor) -> None:
+    def _exchange(self, executor: Executor) -> None:
+        executor.check()  # a worker that died while there was nothing to do costs no request
+        for command in self._scheduler.next_commands():
+            executor.send(command)
+        if not self._scheduler.is_idle:
+            for event in executor.receive(RECEIVE_TIMEOUT_S):
+                self._note(event)
+
+    def lose_workers(self, error: WorkerDiedError) -> None:
+        """There are no workers any more, and what they kept is gone."""
+        self.has_workers = False
+        self._scheduler.lose_workers(error)
+        self._note_endings()
+
+    def drop(self, request_ids: Iterable[str], executor: Executor | None) -> None:
         """Cancels what nobody waits for any more, and lets the workers forget it."""
         ids = set(request_ids)
         for request_id in ids & self._running.keys():
             self.cancel(request_id)
-        while ids & self._running.keys() or any(self._scheduler.is_held(request_id) for request_id in ids):
+        while ids & self._running.keys() or (self.has_workers and any(map(self._scheduler.is_held, ids))):
             self.turn(executor)
         self._news = collections.deque(update for update in self._news if update.request_id not in ids)
 
@@ -100,7 +125,9 @@ class Driver:
         if running is None:
             return
         for span in event.spans:
-            running.seconds[span.what] = running.seconds.get(span.what, 0.0) + span.duration_s
+            # Ranks work at the same time: one of them tells how long it took.
+            if span.rank == self._placement.ranks(Role(span.role))[0]:
+                running.seconds[span.what] = running.seconds.get(span.what, 0.0) + span.duration_s
         match event:
             case messages.Encoded() if self._leads(event, Role.ENCODER):
                 self._progress(event, "encode", 1, 1)

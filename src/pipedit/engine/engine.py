@@ -15,21 +15,33 @@ from typing import Any, Self
 import numpy as np
 
 from pipedit.core.errors import CancelledError, InvalidRequestError, PipeditError
+from pipedit.core.parallel import AUTO, ParallelConfig
 from pipedit.core.placement import Placement
 from pipedit.core.request import VideoRequest
 from pipedit.core.version import __version__
 from pipedit.engine.driver import Driver
-from pipedit.engine.intake import check_memory, complete_requests, make_requests, request_problems, with_seed
-from pipedit.engine.settings import EngineSettings, open_adapter
+from pipedit.engine.intake import (
+    check_memory,
+    complete_requests,
+    free_memory,
+    make_requests,
+    request_problems,
+    with_seed,
+)
+from pipedit.engine.settings import EngineSettings, default_num_workers, open_adapter, workers_here
+from pipedit.engine.sharing import choose_sharing
 from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Update
 from pipedit.engine.video import Video
 from pipedit.executor.base import Executor
+from pipedit.executor.choice import make_executor
+from pipedit.executor.launched import Launch, find_launch, follow
 from pipedit.media import VideoMetadata
 from pipedit.models.adapter import Precision
 from pipedit.models.registry import EMBEDDED, fetch_weights
 from pipedit.plan.scheduler import Work
 from pipedit.plan.timeline import Timeline
-from pipedit.worker.device import resolve_device
+from pipedit.worker.device import resolve_device, worker_devices
+from pipedit.worker.settings import WorkerSettings
 
 START_TIMEOUT_S = 1800.0
 STOP_TIMEOUT_S = 10.0
@@ -43,15 +55,26 @@ class Engine:
             video.save(f"{video.request.seed}.mp4")
 
     The constructor reads the model's config files and raises InvalidRequestError, with every problem, for settings
-    that cannot work here. One thread drives it; `cancel` may be called from another. Several iterators
-    may be open at a time: the oldest request is worked on first, whoever waits.
+    that cannot work here. Several workers share every video: how, is chosen for each request unless the degrees are
+    given (they multiply to `num_workers`; `pipedit doctor --num-workers N` lists them).
+
+    Under torchrun, `num_workers` is the number of its ranks, unless 1 is asked for. Every rank runs the same script:
+    rank 0 is given the videos. On the others `start`, or the first iterator, serves rank 0 until that closes its
+    engine; iterators then end without having yielded anything.
+
+    One thread drives it; `cancel` may be called from another. Several iterators may be open at a time: the oldest
+    request is worked on first, whoever waits.
     """
 
     def __init__(
         self,
         model: str | Path = EMBEDDED,
         *,
-        num_workers: int = 1,
+        num_workers: int | None = None,
+        ulysses_degree: int | None = None,
+        ring_degree: int | None = None,
+        cfg_degree: int | None = None,
+        pipesp_chunks: int | str = AUTO,
         device: str = "auto",
         dtype: str = "auto",
         vae_tiling: bool = False,
@@ -60,16 +83,24 @@ class Engine:
     ) -> None:
         self.settings = EngineSettings(
             model=str(model),
-            num_workers=num_workers,
+            num_workers=default_num_workers() if num_workers is None else num_workers,
+            ulysses_degree=ulysses_degree,
+            ring_degree=ring_degree,
+            cfg_degree=cfg_degree,
+            pipesp_chunks=pipesp_chunks,
             device=device,
             dtype=dtype,
             vae_tiling=vae_tiling,
             compile_layers=compile_layers,
         )
         self.adapter = open_adapter(self.settings)
-        self._executor, self._started, self._closed = executor, False, False
-        self._driver = Driver(Placement.colocated(num_workers))
+        self._launch = _joined_launch(self.settings) if executor is None else None
+        self._executor, self._closed = executor, False
+        self._follows, self._has_followed = self._launch is not None and self._launch.rank > 0, False
+        self._placement = Placement.colocated(self.settings.num_workers)
+        self._driver = Driver(self._placement)
         self._ids = (f"request-{number}" for number in itertools.count(1))
+        self._free_bytes: dict[str, int] | None = None  # before workers in other processes were loaded
         self._owned: set[str] = set()  # requests whose updates belong to an iterator of `generate` or `stream`
 
     # -- for people ---------------------------------------------------------------------------------------------
@@ -90,9 +121,9 @@ class Engine:
 
     def close(self) -> None:
         """Stops the workers and frees their memory. Requests under way are dropped; the engine cannot be used again."""
-        if self._executor is not None and self._started:
+        if self._executor is not None and self._driver.has_workers:
             self._executor.stop(STOP_TIMEOUT_S)
-        self._executor, self._started, self._closed = None, False, True
+        self._executor, self._driver.has_workers, self._closed = None, False, True
 
     def __enter__(self) -> Self:
         return self
@@ -108,18 +139,11 @@ class Engine:
         """The requests with defaults and seeds filled in. Raises InvalidRequestError with every problem of all of
         them, or InsufficientMemoryError. Loads no weights."""
         complete = complete_requests(requests, self.adapter)
-        problems = request_problems(complete, self.adapter) if complete else ["there is no prompt"]
+        problems = request_problems(complete, self.adapter, self.settings) if complete else ["there is no prompt"]
         if problems:
             raise InvalidRequestError(problems)
-        # Only now: finding the device imports torch, and wrong input should be answered before that.
-        check_memory(
-            complete,
-            self.adapter,
-            self.device,
-            self.precision,
-            tiling=self.settings.vae_tiling,
-            is_loaded=self._started,
-        )
+        if not self._follows:
+            self._check_memory(complete)  # only now: it may import torch, and wrong input should be answered before
         return [with_seed(request) for request in complete]
 
     def submit(self, request: VideoRequest) -> str:
@@ -127,7 +151,11 @@ class Engine:
         assert request.num_inference_steps is not None and request.seed is not None, "prepare the request first"
         self._check_open()
         request_id = next(self._ids)
-        work = Work(num_steps=request.num_inference_steps, num_chunks=self.adapter.num_decode_chunks(request))
+        work = Work(
+            num_steps=request.num_inference_steps,
+            num_chunks=self.num_decode_chunks(request),
+            parallel=self.sharing(request),
+        )
         self._driver.submit(request_id, request, work)
         return request_id
 
@@ -143,18 +171,22 @@ class Engine:
     def start(self) -> None:
         """Loads the model now rather than at the first request."""
         self._check_open()
-        if self._started:
-            return
-        self.fetch()
-        self._executor = self._executor or self._make_executor()
-        self._driver.spans += self._executor.start(START_TIMEOUT_S)
-        self._started = True
+        if self._launch is not None and self._follows:
+            if not self._has_followed:
+                self._has_followed = True
+                follow(self._launch)
+        elif not self._driver.has_workers:
+            self.fetch()
+            self._executor = self._executor or self._make_executor()
+            if self.settings.num_workers > 1:
+                self._free_bytes = free_memory(self._devices)
+            self._driver.start(self._executor, START_TIMEOUT_S)
 
     def updates(self) -> Iterator[Update]:
         """Works until every request that was submitted here is over, and tells about it on the way. Videos of
         `generate` and `stream` are worked on too, but their updates belong to those iterators."""
         self.start()
-        while True:
+        while not self._follows:
             ids = self._driver.mentioned - self._owned
             if (update := self._driver.next_news(ids)) is not None:
                 yield update
@@ -178,8 +210,18 @@ class Engine:
                 "device": self.device,
                 "dtype": dataclasses.asdict(self.precision),
                 "vae_tiling": self.settings.vae_tiling,
+                "num_workers": self.settings.num_workers,
+                "parallel": dataclasses.asdict(self.sharing(request)),
             },
         )
+
+    def num_decode_chunks(self, request: VideoRequest) -> int:
+        """How many pieces the frames of a prepared request come in."""
+        return self.adapter.num_decode_chunks(request, len(self._placement.decoders))
+
+    def sharing(self, request: VideoRequest) -> ParallelConfig:
+        """How the workers share a prepared request."""
+        return choose_sharing(request, self.adapter, self.settings)
 
     @property
     def device(self) -> str:
@@ -196,6 +238,9 @@ class Engine:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _collect(self, requests: Sequence[VideoRequest]) -> Iterator[Video]:
+        if self._follows:
+            self.start()
+            return
         ids = [self.submit(request) for request in requests]
         parts: dict[str, list[np.ndarray[Any, np.dtype[np.uint8]]]] = {request_id: [] for request_id in ids}
         ready: dict[str, Video | Exception] = {}
@@ -216,6 +261,9 @@ class Engine:
                     yield result
 
     def _stream(self, request: VideoRequest) -> Iterator["np.ndarray[Any, np.dtype[np.uint8]]"]:
+        if self._follows:
+            self.start()
+            return
         request_id = self.submit(request)
         with self._owning([request_id]):
             for update in self._updates_of([request_id]):
@@ -233,13 +281,11 @@ class Engine:
         try:
             yield
         finally:
-            if self._executor is not None and self._started:
-                self._driver.drop(ids, self._executor)
+            self._driver.drop(ids, self._executor)
             self._owned.difference_update(ids)
 
     def _updates_of(self, ids: Sequence[str]) -> Iterator[Update]:
         """Updates of these requests until all of them are over."""
-        self.start()
         while True:
             if (update := self._driver.next_news(ids)) is not None:
                 yield update
@@ -249,8 +295,7 @@ class Engine:
                 return
 
     def _turn(self) -> None:
-        self._check_open()
-        assert self._executor is not None
+        self.start()  # the first ones, or fresh ones after a death
         self._driver.turn(self._executor)
 
     def _check_open(self) -> None:
@@ -266,17 +311,41 @@ class Engine:
         )
 
     def _make_executor(self) -> Executor:
-        # Imported here: the worker needs torch, and wrong input should be refused before that is loaded.
-        from pipedit.executor.in_process import InProcessExecutor
-        from pipedit.worker.worker import Worker, WorkerSettings
-
         settings = WorkerSettings(
             device=self.device,
             precision=self.precision,
             vae_tiling=self.settings.vae_tiling,
             compile_layers=self.settings.compile_layers,
         )
-        return InProcessExecutor(Worker(self.adapter, settings))
+        return make_executor(self.adapter, settings, self._placement, self._launch)
+
+    def _check_memory(self, requests: Sequence[VideoRequest]) -> None:
+        check_memory(
+            requests,
+            self.adapter,
+            self._devices,
+            self.precision,
+            sharing=self.sharing,
+            free_bytes=self._free_bytes,
+            tiling=self.settings.vae_tiling,
+            is_loaded=self._driver.has_workers and self._free_bytes is None,
+        )
+
+    @property
+    def _devices(self) -> tuple[str, ...]:
+        """Of the workers on this machine."""
+        return worker_devices(self.settings.device, workers_here(self.settings))
+
+
+def _joined_launch(settings: EngineSettings) -> Launch | None:
+    """The launcher's ranks, if there are any and they are meant. Raises InvalidRequestError for another number."""
+    wanted = settings.num_workers
+    launch = find_launch() if wanted > 1 else None
+    if launch is not None and wanted != launch.world_size:
+        raise InvalidRequestError(
+            [f"num_workers={wanted}, but the launcher started {launch.world_size} ranks; leave num_workers out"]
+        )
+    return launch
 
 
 def _error_of(update: Failed | Cancelled) -> Exception:

@@ -18,6 +18,6 @@ def generate(
 
     Loads the model for this one call; keep a pipedit.Engine for several. Raises InvalidRequestError for bad input.
     """
-    with Engine(model, device=device, dtype=dtype) as engine:
+    with Engine(model, num_workers=1, device=device, dtype=dtype) as engine:
         (video,) = engine.generate(prompt, **settings)
     return video

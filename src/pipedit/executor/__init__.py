@@ -1,1 +1,1 @@
-"""Starting ranks and calling them: in this process, later in local processes or elsewhere; one contract for all."""
+"""Starting ranks and calling them: in this process, in child processes, or where a launcher put them; one contract."""

@@ -16,19 +16,12 @@ from pipedit.core.errors import InsufficientMemoryError
 from pipedit.core.placement import Role
 from pipedit.core.request import VideoRequest
 from pipedit.core.spans import Span
-from pipedit.models.adapter import DecodeStage, DenoiseStage, ModelAdapter, Precision, TextStage
+from pipedit.models.adapter import DecodeStage, DenoiseStage, ModelAdapter, TextStage
+from pipedit.parallel.rows import ChannelRows
+from pipedit.parallel.runtime import ParallelRuntime
+from pipedit.worker.settings import WorkerSettings
 
 Clock = Callable[[], float]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WorkerSettings:
-    """How a worker runs its stages. `compile_layers`: torch.compile of the repeated layers (regional compilation)."""
-
-    device: str
-    precision: Precision
-    vae_tiling: bool = False
-    compile_layers: bool = False
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -42,7 +35,11 @@ class _Held:
 
 
 class Worker:
-    """`load` first, then `handle` one command after the other; never two at a time."""
+    """`load` first, then `handle` one command after the other; never two at a time.
+
+    With `parallel` the worker shares its denoising with other ranks, with `decode_group` its decoding: all of them get
+    the same commands in the same order, and a step or a chunk waits for the others.
+    """
 
     def __init__(
         self,
@@ -51,10 +48,12 @@ class Worker:
         *,
         rank: int = 0,
         roles: tuple[Role, ...] = tuple(Role),
+        parallel: ParallelRuntime | None = None,
+        decode_group: ChannelRows | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        self._adapter, self._settings = adapter, settings
-        self._rank, self._roles, self._clock = rank, roles, clock
+        self._adapter, self._settings, self._parallel = adapter, settings, parallel
+        self._rank, self._roles, self._clock, self._decode_group = rank, roles, clock, decode_group
         self._held: dict[str, _Held] = {}
         self._text: TextStage | None = None
         self._denoise: DenoiseStage | None = None
@@ -75,12 +74,16 @@ class Worker:
         if Role.DENOISER in self._roles:
             start = self._clock()
             self._denoise = self._adapter.load_denoise_stage(device, precision)
+            if self._parallel is not None:
+                self._denoise.attach(self._parallel)
             if self._settings.compile_layers:
                 self._denoise.compile_layers()
             spans.append(self._span("", Role.DENOISER, "load", start))
         if Role.DECODER in self._roles:
             start = self._clock()
             self._decode = self._adapter.load_decode_stage(device, precision, tiling=self._settings.vae_tiling)
+            if self._decode_group is not None:
+                self._decode.attach(self._decode_group)
             spans.append(self._span("", Role.DECODER, "load", start))
         return tuple(spans)
 
@@ -98,8 +101,7 @@ class Worker:
             case messages.Decode():
                 return self._run_decode(command)
             case messages.Release():
-                self._held.pop(command.request_id, None)
-                return messages.Released(request_id=command.request_id, rank=self._rank)
+                return self._run_release(command)
         raise AssertionError(f"unknown command {command}")
 
     def _run_encode(self, command: messages.Encode) -> messages.Event:
@@ -114,6 +116,8 @@ class Worker:
     def _run_step(self, command: messages.Denoise) -> messages.Event:
         assert self._denoise is not None
         start, held = self._clock(), self._held[command.request_id]
+        if self._parallel is not None:
+            self._parallel.use(command.parallel)
         if command.step == 0:
             assert held.conditioning is not None
             held.denoising = self._denoise.begin(held.request, held.conditioning)
@@ -131,10 +135,23 @@ class Worker:
             held.decoding = self._decode.begin(held.request, self._denoise.latents(held.denoising))
             held.denoising = None
         frames = self._decode.chunk(held.decoding, command.chunk)
+        self._synchronize()  # frames are on the host by now, but other ranks may still be at their part
+        if self._rank != command.ranks[0]:
+            frames = None  # the first rank answers for the output
         span = self._span(command.request_id, Role.DECODER, "decode", start, command.chunk)
         return messages.ChunkDecoded(
             request_id=command.request_id, rank=self._rank, spans=(span,), chunk=command.chunk, frames=frames
         )
+
+    def _run_release(self, command: messages.Release) -> messages.Event:
+        self._held.pop(command.request_id, None)
+        # A rank that failed in the midst of an exchange has left messages behind, which must not be taken for those of
+        # the next request: every rank goes on with fresh process groups.
+        if command.after_failure and self._parallel is not None:
+            self._parallel.reset()
+        if command.after_failure and self._decode_group is not None:
+            self._decode_group.reset()
+        return messages.Released(request_id=command.request_id, rank=self._rank)
 
     def _synchronize(self) -> None:
         """Waits for the device, so that a span ends when the work does and a cancel takes hold within one step."""

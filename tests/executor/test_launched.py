@@ -1,0 +1,291 @@
+"""Ranks that a launcher has started: they find each other, serve, and end together."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipedit.core.errors import InvalidRequestError
+from pipedit.engine.engine import Engine
+from pipedit.executor.greeting import NotAuthenticError, admit, introduce
+from pipedit.executor.launched import Launch, find_launch
+from pipedit.worker.group import interface_of
+from tests import tiny_pipelines
+from tests.executor.stand_ins import START_S, await_that, is_alive
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+VARIABLES = {
+    "RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node-a",
+    "MASTER_PORT": "29500",
+}
+QUICK = tiny_pipelines.QUICK_SETTINGS["wan"]
+
+# -- what the launcher says -----------------------------------------------------------------------------------------
+
+
+def test_a_launch_is_read_from_its_variables() -> None:
+    launch = find_launch(VARIABLES)
+    assert launch == Launch(rank=1, world_size=4, local_rank=1, local_world_size=2, address="node-a")
+    assert (launch.is_one_machine, launch.meeting_address) == (False, "node-a")
+    one_machine = find_launch(VARIABLES | {"LOCAL_WORLD_SIZE": "4"})
+    assert one_machine is not None
+    assert one_machine.meeting_address == "127.0.0.1", "nobody outside shall reach it"
+
+
+@pytest.mark.parametrize(
+    "variables", [{}, VARIABLES | {"MASTER_PORT": ""}, VARIABLES | {"WORLD_SIZE": "1", "RANK": "0"}]
+)
+def test_one_rank_or_none_is_no_launch(variables: Mapping[str, str]) -> None:
+    assert find_launch(variables) is None
+
+
+@pytest.mark.parametrize("wrong", [{"RANK": "x"}, {"RANK": "4"}, {"RANK": "-1"}])
+def test_variables_that_make_no_sense_are_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(InvalidRequestError, match="RANK"):
+        find_launch(VARIABLES | wrong)
+
+
+def test_another_number_of_workers_than_the_launcher_started_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidRequestError, match="num_workers=3, but the launcher started 4 ranks"):
+        Engine(device="cpu", num_workers=3)
+    with Engine(device="cpu", num_workers=1) as engine:  # in this process, whatever the launcher did
+        assert engine.settings.num_workers == 1
+
+
+# -- how they find each other ---------------------------------------------------------------------------------------
+
+
+def greet(key_here: bytes, key_there: bytes) -> list[str]:
+    """What goes wrong on both ends."""
+    problems = []
+    here, there = socket.socketpair()
+
+    def caller() -> None:
+        try:
+            introduce(there, key_there, 2.0)
+        except NotAuthenticError:
+            problems.append("caller")
+
+    with here, there:
+        thread = threading.Thread(target=caller)
+        thread.start()
+        try:
+            admit(here, key_here, 1.0)
+        except NotAuthenticError:
+            problems.append("called")
+        here.shutdown(socket.SHUT_RDWR)
+        thread.join(5.0)
+    return problems
+
+
+def test_only_who_knows_the_key_is_let_in() -> None:
+    key = secrets.token_bytes(32)
+    assert greet(key, key) == []
+    assert sorted(greet(key, secrets.token_bytes(32))) == ["called", "caller"]
+
+
+def test_a_caller_who_says_nothing_is_not_waited_for() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        start_s = time.monotonic()
+        with pytest.raises(NotAuthenticError):
+            admit(here, b"key", 0.2)
+        assert time.monotonic() - start_s < 2.0
+
+
+def test_interfaces_are_found_by_their_address() -> None:
+    name = interface_of("127.0.0.1")
+    assert name is not None
+    assert name in {name for _, name in socket.if_nameindex()}
+    assert interface_of("::ffff:127.0.0.1") == name
+    assert interface_of("192.0.2.1") is None
+
+
+NAMELESS = """
+from tests.executor.stand_ins import START_S, stuck_executor
+executor = stuck_executor()
+executor.start(START_S)
+executor.stop(5.0)
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="needs a host name of its own")
+def test_workers_meet_where_the_name_of_the_machine_means_nothing() -> None:
+    def run(**variables: str) -> "subprocess.CompletedProcess[str]":
+        command = 'hostname no-such-machine.invalid && exec "$@"'
+        return subprocess.run(
+            ["unshare", "--uts", "sh", "-c", command, "sh", sys.executable, "-c", NAMELESS],
+            env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    done = run()
+    if "unshare failed" in done.stderr:
+        pytest.skip("not allowed to make a name space")
+    assert done.returncode == 0, done.stderr
+    refused = run(GLOO_SOCKET_IFNAME="no-such-interface")
+    assert refused.returncode == 1, "what the user has set stays"
+    assert "no-such-interface" in refused.stderr
+
+
+# -- with workers that need no model --------------------------------------------------------------------------------
+
+LAUNCHED = """
+import sys
+from pipedit.core.errors import WorkerDiedError
+from pipedit.core.placement import Placement
+from pipedit.executor.launched import LaunchedExecutor, find_launch, follow
+from tests.executor.fake_worker import FakeWorker
+from tests.executor.stand_ins import FAKE_WORKER, SETTINGS, START_S, STEP_1, begin, call
+
+launch = find_launch()
+if launch.rank > 0:
+    follow(launch, build=FakeWorker)
+    print("served", flush=True)
+    sys.exit()
+executor = LaunchedExecutor(
+    launch=launch, model="", settings=SETTINGS, placement=Placement.colocated(2), program=FAKE_WORKER
+)
+executor.start(START_S)
+begin(executor, sys.argv[1])
+print(executor._links[0].pid, executor._links[1].clock_offset_s, flush=True)
+try:
+    call(executor, STEP_1)
+except WorkerDiedError as error:
+    print("worker", error.rank, "died", flush=True)
+executor.stop(5.0)
+"""
+
+
+@contextlib.contextmanager
+def launched(tmp_path: Path, prompt: str, **variables: str) -> Iterator[list["subprocess.Popen[str]"]]:
+    """Two ranks of LAUNCHED, as a launcher would start them."""
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(port), **variables}  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, prompt],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        yield ranks
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate(timeout=10.0)
+
+
+def first_line(process: "subprocess.Popen[str]") -> list[str]:
+    assert process.stdout is not None
+    return process.stdout.readline().split()
+
+
+def test_ranks_on_several_machines_serve_and_leave_together(tmp_path: Path) -> None:
+    with launched(tmp_path, "fine", LOCAL_WORLD_SIZE="1") as (first, second):
+        _, offset_s = first_line(first)
+        assert abs(float(offset_s)) < 0.05, "in truth they share a clock"
+        assert [first.wait(START_S), second.wait(5.0)] == [0, 0]
+        assert first_line(second) == ["served"]
+
+
+def test_a_rank_that_dies_is_a_named_error_at_rank_0(tmp_path: Path) -> None:
+    with launched(tmp_path, "1 hang") as (first, second):
+        assert len(first_line(first)) == 2
+        second.kill()
+        start_s = time.monotonic()
+        assert first_line(first) == ["worker", "1", "died"]
+        assert first.wait(5.0) == 0
+        assert time.monotonic() - start_s < 5.0
+
+
+def test_everything_ends_with_rank_0(tmp_path: Path) -> None:
+    with launched(tmp_path, "1 hang") as (first, second):
+        pid = int(first_line(first)[0])
+        assert is_alive(pid)
+        first.kill()
+        assert second.wait(5.0) == 3
+        assert await_that(lambda: not is_alive(pid), 5.0)
+
+
+# -- the real thing -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_folder: Callable[[str], Path]) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
+    with Engine(tiny_folder("wan"), device="cpu", num_workers=1) as engine:
+        (video,) = engine.generate("a red ball", seed=2, **QUICK)
+    return video.frames.astype(int)
+
+
+def run_torchrun(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*TORCHRUN, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_command_line_under_torchrun(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, expected: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"
+) -> None:
+    flags = [part for name, value in QUICK.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    model = str(tiny_folder("wan"))
+    done = run_torchrun(
+        tmp_path, "-m", "pipedit", "generate", "a red ball", "--seed", "2", "-m", model, "--device", "cpu",
+        "-o", "out.npy", *flags,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["out.npy"], "only rank 0 speaks"
+    assert np.abs(np.load(tmp_path / "out.npy") - expected).max() <= 1
+
+
+SCRIPT = """
+import sys
+import numpy as np
+import pipedit
+
+with pipedit.Engine(sys.argv[1], device="cpu") as engine:
+    settings = dict(height=32, width=48, num_frames=9, num_inference_steps=3, max_sequence_length=32)
+    videos = list(engine.generate("a red ball", seed=2, guidance_scale=5.0, **settings))
+    assert engine.settings.num_workers == 2
+for video in videos:
+    np.save("frames.npy", video.frames)
+print(len(videos))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_under_torchrun(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, expected: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = run_torchrun(tmp_path, "script.py", str(tiny_folder("wan")))
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == ["0", "1"], "rank 1 only serves"
+    assert np.abs(np.load(tmp_path / "frames.npy") - expected).max() <= 1
