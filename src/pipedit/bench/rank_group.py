@@ -10,6 +10,7 @@ from typing import Any
 
 from pipedit.bench.network import DEVICE, Network
 from pipedit.bench.processes import Peer
+from pipedit.core.spans import Span
 
 _POLL_S = 0.02  # no time is taken here: the ranks take their own
 _LEAST_PROBE_BYTES, _MOST_PROBE_BYTES = 1 << 20, 1 << 28
@@ -44,6 +45,11 @@ class RankGroup:
             is_equal=all(answer["is_equal"] for answer in compared) if compared else None,
             max_difference=max(answer["max_difference"] for answer in compared) if compared else None,
         )
+
+    def trace(self, variant: str) -> list[Span]:
+        """Spans of one run on all ranks."""
+        answers = self._ask(range(len(self._peers)), do="trace", variant=variant)
+        return [Span(**span) for answer in answers for span in answer["spans"]]
 
     def settle(self) -> None:
         """Lets variants that tune themselves do so."""

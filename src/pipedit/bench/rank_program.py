@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipedit.bench import link_probe
+from pipedit.core.spans import Span
 
 _PORT = 29400  # each rank has a network of its own, so nobody else has taken it
 
@@ -44,6 +45,7 @@ class Variant:
     has_result: bool = True
     settle: Callable[[], None] | None = None
     facts: Callable[[], dict[str, Any]] = dict  # to report afterwards
+    trace: Callable[[], list[Span]] | None = None  # a run that is watched
 
 
 def join(place: Place) -> None:
@@ -77,6 +79,11 @@ def serve(place: Place, variants: Mapping[str, Variant], reference: torch.Tensor
                 dist.barrier()
                 rate = link_probe.ring_rate(place.addresses, place.rank, asked["payload_bytes"], place.timeout_s)
                 _say({"bits_per_s": rate})
+            case "trace":
+                trace = variants[asked["variant"]].trace
+                assert trace is not None, f"{asked['variant']} cannot be watched"
+                dist.barrier()
+                _say({"spans": [dataclasses.asdict(span) for span in trace()]})
             case "facts":
                 _say({name: variant.facts() for name, variant in variants.items()})
     dist.destroy_process_group()

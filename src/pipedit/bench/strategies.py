@@ -5,17 +5,20 @@ Shape legend: B batch, S latent tokens of all ranks, s those of this rank, N hea
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from pipedit.core.parallel import AUTO, ParallelConfig
+from pipedit.core.spans import Span
 from pipedit.parallel.calls import Call, Kernel, Result
 from pipedit.parallel.channel import Channel
 from pipedit.parallel.exchange import ExchangeShape
 from pipedit.parallel.kernels import attention
 from pipedit.parallel.pipesp import Lines, PipeSP, Schedule
+from pipedit.parallel.record import Record
 from pipedit.parallel.runtime import CHUNK_CHOICES, TIMEOUT, ParallelRuntime
 from pipedit.parallel.splits import chunk_heads, ranges, split_evenly
 from pipedit.parallel.tuning import ROUNDS
@@ -116,9 +119,16 @@ class AttentionBench:
         )
         lines = Lines(inward=self._inward, outward=self._outward, workspace=Workspace(_CPU))
         strategy = PipeSP(lines, shape, schedule, kernel)
+
+        def trace() -> list[Span]:
+            record = Record(time.monotonic, rank=self._rank)
+            self._collect(PipeSP(lines, shape, schedule, kernel, record=record).attend(self._call))
+            return record.spans
+
         return Attention(
             run=lambda: self._collect(strategy.attend(self._call)),
             facts=lambda: {"buffer_bytes": lines.workspace.allocated_bytes},
+            trace=trace,
         )
 
     def auto(self) -> "Attention":
@@ -147,10 +157,11 @@ class AttentionBench:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention:
-    """A way to run it, and what there is to tell about it afterwards."""
+    """A way to run it, what there is to tell about it afterwards, and a run that tells what happened when."""
 
     run: Callable[[], torch.Tensor]
     facts: Callable[[], dict[str, Any]]
+    trace: Callable[[], list[Span]] | None = None
 
 
 class CountingRuntime(ParallelRuntime):

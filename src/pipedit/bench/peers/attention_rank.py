@@ -35,7 +35,7 @@ def variants(bench: AttentionBench) -> dict[str, Variant]:
 
 def by(bench: AttentionBench, schedule: Schedule) -> Variant:
     strategy = bench.strategy(schedule)
-    return Variant(run=strategy.run, facts=strategy.facts)
+    return Variant(run=strategy.run, facts=strategy.facts, trace=strategy.trace)
 
 
 def settle(run: Any) -> None:
