@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
@@ -281,8 +281,15 @@ def test_other_processors_and_backends_are_refused_and_left_alone(kind: str) -> 
     last = transformer.blocks[-1].attn1 if kind == "wan" else transformer.single_transformer_blocks[-1].attn
     last.processor._attention_backend = AttentionBackendName.FLASH
     before = state_of(transformer)
-    with pytest.raises(InvalidRequestError, match="'flash' cannot be spread over ranks; call reset_attention_backend"):
+    with pytest.raises(InvalidRequestError, match="'flash' cannot be spread over ranks; unset DIFFUSERS_ATTN_BACK"):
         attached(transformer, Alone())
+    last.processor._attention_backend = None
+    with attention_backend(AttentionBackendName._NATIVE_MATH):
+        with pytest.raises(InvalidRequestError, match="'_native_math' cannot be spread over ranks"):
+            attached(transformer, Alone())
+        transformer.set_attention_backend("native")
+        attached(transformer, Alone())()
+    transformer.reset_attention_backend()
     last.processor._attention_backend = AttentionBackendName.NATIVE
     attached(transformer, Alone())()
     assert state_of(transformer) == before

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from pipedit.core.errors import InvalidRequestError
@@ -127,7 +128,7 @@ def run_cases(
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference; nan where something was never written."""
-    return float((a.float() - b.float()).abs().max()) if a.numel() else 0.0
+    return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
 
 
 def run_wrong_order(rank: int, world_size: int) -> float:
@@ -178,6 +179,48 @@ def run_recorded(rank: int, world_size: int, case: Case, chunks: int) -> list[Sp
     runtime.record = Record(time.perf_counter, rank=rank)
     run_case(runtime, case)
     return runtime.record.spans
+
+
+def run_measured(rank: int, world_size: int, config: ParallelConfig, cases: Sequence[Case]) -> dict[str, Any]:
+    """Cases one after the other under a config that measures chunks; differences to the answers, chunks of the last
+    case, and what the buffers hold after it, with what they hold where that number of chunks was given."""
+    runtime = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu")
+    runtime.use(config)
+    differences = []
+    for case in cases:
+        latents, _, runs = run_case(runtime, case)
+        differences.append(_difference(latents, case.answer()[0]))
+    measured_bytes = runtime.workspace_bytes
+    runtime.close()
+    given = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu")
+    given.use(dataclasses.replace(config, pipesp_chunks=len(runs)))
+    run_case(given, case)
+    given_bytes = given.workspace_bytes
+    given.close()
+    return {"differences": differences, "chunks": len(runs), "bytes": measured_bytes, "given_bytes": given_bytes}
+
+
+def run_after_failure(rank: int, world_size: int) -> dict[str, Any]:
+    """One rank gives up in the midst of a measured attention; after `reset` all go on."""
+    runtime = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu")
+    config, case = ParallelConfig(ulysses_degree=world_size), Case(tokens=16)
+    runtime.use(config)
+    run_case(runtime, case)
+    latents, text, _ = case.parts()
+    call = GivenCall([runtime.shard(part, 1) for part in latents], text, None)
+    results = runtime.attend(call)
+    if rank == 0:
+        next(results)
+        del results
+    else:
+        list(results)
+    dist.barrier()  # so that the others have got what this rank had sent
+    runtime.reset()
+    left_bytes = runtime.workspace_bytes
+    runtime.use(config)
+    differences = [_difference(run_case(runtime, case)[0], case.answer()[0]) for _ in range(10)]
+    runtime.close()
+    return {"left_bytes": left_bytes, "differences": differences}
 
 
 def run_branches(rank: int, world_size: int) -> dict[str, Any]:

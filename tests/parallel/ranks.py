@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-Job = tuple[Callable[..., Any], tuple[Any, ...]]
-
 
 class Ranks:
     """`world_size` processes that stay, because starting one takes seconds; `run` may be called many times."""
@@ -25,6 +23,7 @@ class Ranks:
         self.world_size = world_size
         self._jobs = [context.Queue() for _ in range(world_size)]
         self._results = context.Queue()
+        self._number = 0  # of the job; answers to one that failed may come late
         self._processes = [
             context.Process(
                 target=_serve,
@@ -39,16 +38,19 @@ class Ranks:
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
         """`function(rank, world_size, *args)` on every rank; what they return, by rank. Raises RuntimeError with the
         traceback of the first rank that failed. `function` must be importable."""
+        self._number += 1
         for jobs in self._jobs:
-            jobs.put((function, args))
+            jobs.put((self._number, function, args))
         results: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
         while len(results) < self.world_size:
             try:
-                rank, value, error = self._results.get(timeout=max(deadline - time.monotonic(), 0.01))
+                number, rank, value, error = self._results.get(timeout=max(deadline - time.monotonic(), 0.01))
             except queue.Empty:
                 missing = sorted(set(range(self.world_size)) - results.keys())
                 raise RuntimeError(f"ranks {missing} gave no answer within {timeout_s} s") from None
+            if number != self._number:
+                continue
             if error is not None:
                 raise RuntimeError(f"rank {rank} failed:\n{error}")
             results[rank] = value
@@ -81,8 +83,8 @@ def _serve(rank: int, world_size: int, store: str, jobs: Any, results: Any) -> N
         timeout=datetime.timedelta(seconds=60),
     )
     while True:
-        function, args = jobs.get()
+        number, function, args = jobs.get()
         try:
-            results.put((rank, function(rank, world_size, *args), None))
+            results.put((number, rank, function(rank, world_size, *args), None))
         except BaseException:  # noqa: BLE001 - the test process raises it again
-            results.put((rank, None, traceback.format_exc()))
+            results.put((number, rank, None, traceback.format_exc()))

@@ -1,8 +1,11 @@
 """`pipedit.parallelize` on 3 and 4 gloo ranks against plain diffusers pipelines, with every parameter randomised."""
 
+import contextlib
+import copy
+import dataclasses
 import functools
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch.distributed as dist
 
 import pipedit
 from pipedit.core.errors import InvalidRequestError
+from pipedit.worker.pipeline_calls import check_same_inputs
 from tests import tiny_pipelines
 from tests.parallel.ranks import Ranks
 from tests.untouched import state_of
@@ -127,6 +131,155 @@ def test_several_videos_in_one_context(four: Ranks, tiny_folder: Callable[[str],
     assert_same(four, tiny_folder("wan"), {"cfg_degree": 2}, first, second, first)
 
 
+# -- the decode ---------------------------------------------------------------------------------------------------
+
+GREY_LEVEL = 2 / 255  # between -1 and 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decode:
+    """Random latents [batch, channels, *size] for a copy of the pipeline's VAE, whose tiles have 4 x 4 positions."""
+
+    kind: str
+    size: tuple[int, int, int]
+    batch: int = 1
+    is_tiled: bool = False
+    is_sliced: bool = False
+    is_recorded: bool = False  # with gradients
+    dtype: torch.dtype = torch.float32
+
+    def make_vae(self, pipe: Any) -> Any:
+        vae = copy.deepcopy(pipe.vae).to(self.dtype)
+        if self.is_tiled:
+            side, stride = (vae.spatial_compression_ratio * positions for positions in (4, 3))
+            vae.enable_tiling(side, side, tile_sample_stride_height=stride, tile_sample_stride_width=stride)
+        if self.is_sliced:
+            vae.enable_slicing()
+        return vae
+
+    def make_latents(self, vae: Any) -> torch.Tensor:
+        shape = (self.batch, vae.post_quant_conv.in_channels, *self.size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoded:
+    alone: torch.Tensor
+    together: torch.Tensor
+    positions_alone: int  # latent positions that went through this rank's decoder
+    positions: int
+
+
+@contextlib.contextmanager
+def counted(vae: Any) -> Iterator[list[int]]:
+    """Positions of each call of the decoder."""
+    calls: list[int] = []
+    with vae.decoder.register_forward_pre_hook(lambda _module, inputs: calls.append(inputs[0][:, 0].numel())):
+        yield calls
+
+
+def decode(_rank: int, _world_size: int, folder: str, cases: list[Decode]) -> list[Decoded]:
+    """Each case by this rank alone, then by all; says that the VAE was left as it was found."""
+    pipe = load(folder)
+    found, results = pipe.vae, []
+    for case in cases:
+        pipe.vae = vae = case.make_vae(pipe)
+        latents = case.make_latents(vae)
+        with torch.set_grad_enabled(case.is_recorded):
+            with counted(vae) as calls_alone:
+                alone = vae.decode(latents).sample.detach()
+            before, attributes = state_of(vae), dict(vars(vae))
+            with pipedit.parallelize(pipe), counted(vae) as calls:
+                together = vae.decode(latents, return_dict=False)[0].detach()
+                assert torch.equal(vae.decode(latents).sample, together)
+        assert state_of(vae) == before
+        assert "_decode" not in vars(vae) and vars(vae).keys() == attributes.keys()
+        assert together.dtype == alone.dtype == case.dtype
+        positions_alone, positions = sum(calls_alone), sum(calls) // 2
+        results.append(Decoded(alone=alone, together=together, positions_alone=positions_alone, positions=positions))
+        pipe.vae = found
+    return results
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a.float() - b.float()).abs().max())
+
+
+SPREAD = [
+    Decode(kind="wan", size=(2, 4, 5), batch=2),  # on 3 ranks: 2, 1 and 1 rows
+    Decode(kind="wan", size=(2, 2, 3), batch=2, is_sliced=True),  # a rank without a row
+    Decode(kind="wan", size=(2, 7, 5), batch=2, is_tiled=True),
+    Decode(kind="wan_ti2v", size=(2, 5, 3)),
+    Decode(kind="wan_ti2v", size=(2, 5, 3), is_tiled=True),  # two tiles
+    Decode(kind="hunyuan", size=(7, 2, 3), batch=2),  # two temporal tiles
+    Decode(kind="hunyuan", size=(6, 3, 2), batch=2, is_sliced=True, dtype=torch.bfloat16),
+    Decode(kind="hunyuan", size=(6, 5, 5), is_tiled=True),
+    Decode(kind="hunyuan", size=(4, 3, 7), is_tiled=True),  # one temporal tile, three spatial ones
+]
+
+
+@pytest.mark.parametrize("kind", ["wan", "wan_ti2v", "hunyuan"])
+def test_decode_is_shared(kind: str, three: Ranks, tiny_folder: Callable[[str], Path]) -> None:
+    cases = [case for case in SPREAD if case.kind == kind]
+    by_rank = three.run(decode, str(tiny_folder(kind)), cases)
+    for case, *everybody in zip(cases, *by_rank, strict=True):
+        for result in everybody:
+            assert torch.equal(result.together, everybody[0].together)
+            limit = 0.0 if kind == "hunyuan" else GREY_LEVEL
+            assert difference(result.together, result.alone) <= limit, case
+        # At most, because diffusers also decodes a last temporal tile that adds nothing.
+        assert sum(result.positions for result in everybody) <= everybody[0].positions_alone, case
+        assert max(result.positions for result in everybody) <= 0.7 * everybody[0].positions_alone, case
+
+
+def test_rows_alone_give_another_picture(tiny_folder: Callable[[str], Path]) -> None:
+    """What the comparison above would see, if ranks decoded their rows without those of their neighbours."""
+    case, vae = SPREAD[0], load(str(tiny_folder("wan"))).vae
+    latents = case.make_latents(vae)
+    with torch.no_grad():
+        slabs = torch.cat([vae.decode(slab).sample for slab in latents.split((2, 1, 1), dim=3)], dim=3)
+        assert difference(slabs, vae.decode(latents).sample) > 10 * GREY_LEVEL
+
+
+def test_what_cannot_be_shared_is_decoded_by_each_rank(three: Ranks, tiny_folder: Callable[[str], Path]) -> None:
+    for case in (Decode(kind="hunyuan", size=(4, 2, 3)), Decode(kind="wan", size=(1, 3, 3), is_recorded=True)):
+        for (result,) in three.run(decode, str(tiny_folder(case.kind)), [case]):
+            assert torch.equal(result.together, result.alone)
+            assert result.positions == result.positions_alone
+
+
+def make_frames(pipe: Any, *, seed: int, **settings: Any) -> torch.Tensor:
+    """[B, F, 3, H, W] between 0 and 1."""
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    frames: torch.Tensor = pipe(generator=generator, output_type="pt", **settings).frames
+    return frames
+
+
+def make_frames_together(_rank: int, _world_size: int, folder: str, settings: Settings) -> torch.Tensor:
+    pipe = load(folder)
+    with pipedit.parallelize(pipe):
+        frames = make_frames(pipe, **settings)
+    assert "_decode" not in vars(pipe.vae)
+    return frames
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("wan", {"prompt": PROMPTS}), ("wan_ti2v", {}), ("hunyuan", {"num_frames": 33, "num_inference_steps": 2})],
+)
+def test_every_rank_gets_the_frames(
+    kind: str, changes: Settings, four: Ranks, tiny_folder: Callable[[str], Path]
+) -> None:
+    settings = settings_of(kind, **changes)
+    first, *others = four.run(make_frames_together, str(tiny_folder(kind)), settings)
+    assert all(torch.equal(first, other) for other in others)
+    pipe = load(str(tiny_folder(kind)))
+    assert difference(first, make_frames(pipe, **settings)) <= 1 / 255
+    assert difference(first, make_frames(pipe, **{**settings, "seed": 99})) > 10 / 255
+
+
 # -- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -145,6 +298,15 @@ def test_ranks_with_different_inputs(
     for problems in four.run(make_invalid, str(tiny_folder("wan")), {}, by_rank):
         assert any(problem.startswith(message) for problem in problems), problems
     assert_same(four, tiny_folder("wan"), {}, by_rank[0])
+
+
+def check_overflown(_rank: int, _world_size: int) -> None:
+    latents = torch.tensor([1.0, torch.inf, torch.nan, -torch.inf] * 9)
+    check_same_inputs({"hidden_states": latents, "timestep": torch.ones(1), "encoder_hidden_states": torch.ones(2, 3)})
+
+
+def test_the_same_overflow_everywhere_is_no_difference(three: Ranks) -> None:
+    three.run(check_overflown)
 
 
 @pytest.mark.parametrize(

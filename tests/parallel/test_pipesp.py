@@ -4,14 +4,19 @@ from collections.abc import Callable
 
 import hypothesis
 import pytest
+import torch
 from hypothesis import strategies as st
 
 from pipedit.core.parallel import ParallelConfig
+from pipedit.parallel.pipesp import _pick
+from pipedit.parallel.tuning import ROUNDS
 from tests.parallel.cases import (
     Case,
+    run_after_failure,
     run_branches,
     run_cases,
     run_exchanges,
+    run_measured,
     run_misuse,
     run_recorded,
     run_wrong_order,
@@ -19,7 +24,7 @@ from tests.parallel.cases import (
 from tests.parallel.ranks import Ranks
 
 Group = Callable[[int], Ranks]
-TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+TOLERANCE = {"float64": 1e-14, "float32": 2e-6, "bfloat16": 2e-2}
 
 
 @st.composite
@@ -67,8 +72,16 @@ def test_every_overlap_and_chunking_gives_the_same(gloo: Group, overlap: str) ->
     case = Case(tokens=37, heads=7, head_dim=16, text_tokens=5)
     jobs = [(ParallelConfig(ulysses_degree=3, pipesp_chunks=chunks), case) for chunks in (1, 2, 3, 99)]
     for reports in gloo(3).run(run_cases, jobs, overlap):
-        assert max(report["difference"] for report in reports) <= TOLERANCE["float32"]
-        assert max(report["text_difference"] for report in reports) <= TOLERANCE["float32"]
+        # Not `max`: it overlooks a nan, which stands for what was never written.
+        assert all(report["difference"] <= TOLERANCE["float32"] for report in reports)
+        assert all(report["text_difference"] <= TOLERANCE["float32"] for report in reports)
+
+
+def test_double_precision_is_kept(gloo: Group) -> None:
+    case = Case(tokens=37, text_tokens=5, dtype="float64")
+    jobs = [(ParallelConfig(ulysses_degree=2, pipesp_chunks=2), case), (ParallelConfig(ring_degree=2), case)]
+    for reports in gloo(2).run(run_cases, jobs):
+        assert all(report["difference"] <= TOLERANCE["float64"] for report in reports)
 
 
 def test_results_come_in_as_many_runs_as_chunks_and_in_order(gloo: Group) -> None:
@@ -99,11 +112,44 @@ def test_buffers_do_not_grow_and_are_smaller_than_those_of_plain_ulysses(gloo: G
     assert some["bytes"] < 0.6 * whole["bytes"]
 
 
+def test_what_was_tried_leaves_no_buffers_behind(gloo: Group) -> None:
+    """Plain Ulysses, which is among the candidates, takes more memory than what may be chosen."""
+    case = Case(tokens=64, heads=8, head_dim=16)
+    for report in gloo(2).run(run_measured, ParallelConfig(ulysses_degree=2), [case] * (3 * ROUNDS + 1)):
+        assert report["bytes"] == report["given_bytes"], report
+        assert all(difference <= TOLERANCE["float32"] for difference in report["differences"])
+
+
+def test_rings_measure_in_step_whatever_their_own_share_is(gloo: Group) -> None:
+    """19 and 20 tokens are the same 5 + 5 for the first ring member, but not for the second; and rings need the same
+    chunks everywhere."""
+    cases = [Case(tokens=19), *[Case(tokens=20)] * (2 * ROUNDS), Case(tokens=19)]
+    reports = gloo(4).run(run_measured, ParallelConfig(ring_degree=2, ulysses_degree=2), cases, timeout_s=30.0)
+    assert len({report["chunks"] for report in reports}) == 1
+    for report in reports:
+        assert all(difference <= TOLERANCE["float32"] for difference in report["differences"]), report
+
+
+def test_measuring_goes_on_in_step_after_a_failure(gloo: Group) -> None:
+    """The rank that failed has not counted the call that the others have."""
+    for report in gloo(2).run(run_after_failure, timeout_s=30.0):
+        assert report["left_bytes"] == 0
+        assert all(difference <= TOLERANCE["float32"] for difference in report["differences"]), report
+
+
+def test_rows_in_one_piece_are_not_copied() -> None:
+    query = torch.empty(1, 2, 9, 4)
+    for rows in ([slice(0, 4), slice(9, 9)], [slice(2, 5), slice(5, 9)], [slice(3, 3), slice(4, 9)]):
+        assert _pick(query, rows).untyped_storage().data_ptr() == query.untyped_storage().data_ptr()
+    assert _pick(query, [slice(0, 4), slice(7, 9)]).shape[2] == 6
+    assert _pick(query, [slice(3, 3), slice(9, 9)]).shape[2] == 0
+
+
 def test_helpers_without_tokens_and_owners_without_heads(gloo: Group) -> None:
     """Uneven splits with zeros, straight on the exchange: what attention co-processing will use."""
     splits = [((5, 0, 9), (2, 3, 0)), ((1, 0, 0), (0, 4, 1)), ((7, 7, 7), (0, 0, 5)), ((0, 3, 1), (1, 1, 1))]
     for differences in gloo(3).run(run_exchanges, splits):
-        assert max(differences) == 0.0
+        assert all(difference == 0.0 for difference in differences)
 
 
 def test_spans_say_what_was_computed_and_what_travelled(gloo: Group) -> None:

@@ -92,6 +92,23 @@ def test_pieces_come_to_the_first_rank(gloo: Group) -> None:
     assert [piece.tolist() for piece in first] == [[0] * 3, [], [2] * 5, [3]]
 
 
+def gathered(rank: int, _world_size: int) -> list[torch.Tensor | None]:
+    group = _group(rank, WORLD)
+    group.begin()
+    return group.gather_all(_picture(rank + 1, DTYPES[rank]) if rank != 2 else None)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+
+
+def test_everybody_gets_tensors_that_nobody_announced(gloo: Group) -> None:
+    for everything in gloo(WORLD).run(gathered):
+        assert everything[2] is None
+        for rank in (0, 1, 3):
+            assert everything[rank].dtype == DTYPES[rank]
+            assert torch.equal(everything[rank], _picture(rank + 1, DTYPES[rank]))
+
+
 def passed(rank: int, _world_size: int, senders: tuple[int, ...]) -> float | None:
     group = _group(rank, WORLD)
     group.begin()

@@ -88,7 +88,7 @@ class OutputProjection:
         if self._sum is None:
             self._sum = F.linear(rows.flatten(2), weight, self._linear.bias)
         else:
-            self._sum.flatten(0, 1).addmm_(rows.flatten(2).flatten(0, 1), weight.T)
+            self._sum.view(-1, self._sum.shape[-1]).addmm_(rows.flatten(2).flatten(0, 1), weight.T)
 
     def result(self) -> torch.Tensor:
         if self._sum is None:

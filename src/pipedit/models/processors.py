@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from pipedit.core.errors import InvalidRequestError
 
@@ -41,10 +42,11 @@ def _problem(processor: Any, expected: type) -> str | None:
         return f"the attention processor {kind.__name__} cannot be spread over ranks, only {expected.__name__} can"
     if processor._parallel_config is not None:
         return "diffusers' own parallelism is enabled on this model; use either that or pipedit's"
-    backend = processor._attention_backend
-    if backend is not None and backend.value != "native":
+    # Without one of its own, a processor uses the one that was set last, on any model or by the environment.
+    backend = AttentionBackendName(processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0])
+    if backend is not AttentionBackendName.NATIVE:
         return (
-            f"the attention backend {backend.value!r} cannot be spread over ranks; "
-            "call reset_attention_backend() on the transformer first"
+            f"the attention backend {backend.value!r} cannot be spread over ranks; unset DIFFUSERS_ATTN_BACKEND, or "
+            "call set_attention_backend('native') on the transformer first"
         )
     return None

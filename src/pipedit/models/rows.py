@@ -1,6 +1,7 @@
 """What a decode stage asks of the ranks that share its work. Knows no model and no transport.
 
-The pictures of a video are cut into slabs of rows, or into tiles; rank 0 of the group puts the frames together.
+The pictures of a video are cut into slabs of rows, or into tiles; rank 0 of the group puts the frames together, or,
+where everybody wants the video, each rank does.
 """
 
 from collections.abc import Sequence
@@ -45,3 +46,11 @@ class RowGroup(Protocol):
     def pass_on(self, outgoing: "torch.Tensor | None", incoming: "torch.Tensor | None") -> None:
         """Sends to the next rank (the last one to rank 0) and fills `incoming` from the one before; both contiguous,
         None where nothing goes that way. Who sends and who expects must agree."""
+
+
+class VideoGroup(RowGroup, Protocol):
+    """Ranks of which each gets the whole video."""
+
+    def gather_all(self, own: "torch.Tensor | None") -> "list[torch.Tensor | None]":
+        """Everybody's `own`, of any shape and data type, on all ranks, in their order; None from who has nothing. All
+        ranks of the group call it."""

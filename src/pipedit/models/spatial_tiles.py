@@ -51,6 +51,14 @@ class PictureTiling:
             scale=ratio // patch,
         )
 
+    @staticmethod
+    def fits(vae: TilingVae) -> bool:
+        """Whether the VAE's tiles begin and end between two latent positions. Sizes of the user's own may not, and
+        diffusers then blends and crops in another way."""
+        sizes = (vae.tile_sample_min_height, vae.tile_sample_min_width)
+        strides = (vae.tile_sample_stride_height, vae.tile_sample_stride_width)
+        return all(pixels % vae.spatial_compression_ratio == 0 for pixels in (*sizes, *strides))
+
     def applies(self, latents: torch.Tensor) -> bool:
         """Whether the picture [..., H, W] is larger than one tile."""
         return latents.shape[-2] > self.down.length or latents.shape[-1] > self.across.length
@@ -69,19 +77,20 @@ def decode_tiles(
     decoded by the same rank."""
     windows = tiling.windows(latents)
     if group is None:
-        return _blended(windows, latents, tiling, vae, lambda at: decode(at, latents[..., *windows[at]]))
+        return blend_tiles(windows, latents, tiling, vae, lambda at: decode(at, latents[..., *windows[at]]))
     tiles = _shared(latents, tiling, decode, group)
-    return None if tiles is None else _blended(windows, latents, tiling, vae, tiles.pop)
+    return None if tiles is None else blend_tiles(windows, latents, tiling, vae, tiles.pop)
 
 
-def _blended(
+def blend_tiles(
     windows: dict[Place, tuple[slice, slice]],
     latents: torch.Tensor,
     tiling: PictureTiling,
     vae: TilingVae,
     tile_at: Callable[[Place], torch.Tensor],
 ) -> torch.Tensor:
-    """Asks for one tile after the other and keeps the row above, no more."""
+    """The video of `latents` from its decoded tiles, which are changed. Asks for one after the other and keeps the row
+    above, no more."""
     stride = tiling.down.stride * tiling.scale, tiling.across.stride * tiling.scale
     blend = tiling.down.length * tiling.scale - stride[0], tiling.across.length * tiling.scale - stride[1]
     last_row, last_column = list(windows)[-1]

@@ -13,7 +13,8 @@ from pipedit.parallel.workspace import Workspace
 
 class EarlyAttention:
     """`query`, `key`, `value` [B, n, R, D] are buffers that are still being filled; rows `own` of the keys and values
-    are there. `mask` as in `kernels.attention`. Memory, kept in `workspace`: a float32 sum of the query's size."""
+    are there. `mask` as in `kernels.attention`. Memory, kept in `workspace`: a sum of the query's size, in float32
+    (float64 for float64)."""
 
     def __init__(
         self,
@@ -26,8 +27,9 @@ class EarlyAttention:
     ) -> None:
         self._query, self._key, self._value, self._mask, self._own = query, key, value, mask, own
         batch, heads, rows, width = query.shape
-        self._total = workspace.take("early", (batch, heads, rows, width), torch.float32)
-        self._lse = workspace.take("early lse", (batch, heads, rows), torch.float32)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        self._total = workspace.take("early", (batch, heads, rows, width), dtype)
+        self._lse = workspace.take("early lse", (batch, heads, rows), dtype)
 
     def add(self, rows: Sequence[slice]) -> None:
         """These query rows have come: attends to the own keys. Every row is added once."""

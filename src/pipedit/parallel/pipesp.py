@@ -215,6 +215,7 @@ class PipeSP:
 
 def _pick(query: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
     """These rows of [B, n, S + T, D]: a view where they are in one piece."""
+    rows = [each for each in rows if each.stop > each.start] or [slice(0, 0)]
     if all(before.stop == after.start for before, after in itertools.pairwise(rows)):
         return query[:, :, rows[0].start : rows[-1].stop]
     return torch.cat([query[:, :, each] for each in rows], dim=2)

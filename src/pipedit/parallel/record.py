@@ -48,16 +48,23 @@ class _Watched(Pending):
     def __init__(self, pending: Pending, spans: list[Span], clock: Callable[[], float], span: Span) -> None:
         super().__init__()
         self._pending, self._spans, self._clock, self._span = pending, spans, clock, span
+        self._error: RuntimeError | None = None
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def wait_received(self) -> None:
         self._thread.join()
+        if self._error is not None:
+            raise self._error
 
     def wait(self) -> None:
-        self._thread.join()
+        self.wait_received()
         self._pending.wait()
 
     def _watch(self) -> None:
-        self._pending.wait_received()
-        self._spans.append(dataclasses.replace(self._span, end_s=self._clock()))
+        try:
+            self._pending.wait_received()
+        except RuntimeError as error:  # what torch.distributed raises; for whoever waits
+            self._error = error
+        else:
+            self._spans.append(dataclasses.replace(self._span, end_s=self._clock()))

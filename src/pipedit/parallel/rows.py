@@ -16,6 +16,11 @@ from pipedit.parallel.splits import split_evenly
 # hangs.
 TIMEOUT = datetime.timedelta(minutes=10)
 
+# What a tensor that nobody announced looks like, as numbers: its data type, then its dimensions.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8)
+_NOTHING = -1
+_MOST_DIMENSIONS = 5
+
 
 class ChannelRows:
     """Ranks in the order of their rows, over a channel of their own: calls of different strategies on one channel would
@@ -91,6 +96,17 @@ class ChannelRows:
         self._swap(outgoing, incoming)
         return pieces
 
+    def gather_all(self, own: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """Memory: the tensors of all ranks. Two messages each way, and the host waits for the first."""
+        own = None if own is None else own.contiguous()
+        header = torch.tensor(_header(own), device=self._device)
+        headers = [torch.empty_like(header) for _ in range(self.size)]
+        self._swap([header] * self.size, headers)
+        incoming = [_announced(numbers, self._device) for numbers in torch.stack(headers).tolist()]
+        incoming[self.index] = own
+        self._swap([own] * self.size, incoming)
+        return incoming
+
     def pass_on(self, outgoing: torch.Tensor | None, incoming: torch.Tensor | None) -> None:
         out, back = self._nothing(), self._nothing()
         out[(self.index + 1) % self.size] = outgoing
@@ -103,6 +119,20 @@ class ChannelRows:
 
     def _nothing(self) -> list[torch.Tensor | None]:
         return [None] * self.size
+
+
+def _header(tensor: torch.Tensor | None) -> list[int]:
+    if tensor is None:
+        return [_NOTHING] * (1 + _MOST_DIMENSIONS)
+    assert tensor.ndim <= _MOST_DIMENSIONS, tensor.shape
+    return [_DTYPES.index(tensor.dtype), *tensor.shape, *[_NOTHING] * (_MOST_DIMENSIONS - tensor.ndim)]
+
+
+def _announced(header: Sequence[int], device: torch.device) -> torch.Tensor | None:
+    dtype, *shape = header
+    if dtype == _NOTHING:
+        return None
+    return torch.empty([size for size in shape if size != _NOTHING], dtype=_DTYPES[dtype], device=device)
 
 
 def _unpacked(edges: torch.Tensor | None, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:

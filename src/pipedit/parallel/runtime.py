@@ -28,7 +28,7 @@ from pipedit.parallel.workspace import Workspace
 # A dead neighbour is noticed at once by its closed connection, or by whoever started the ranks; this is for one that
 # hangs.
 TIMEOUT = datetime.timedelta(minutes=10)
-# Below this many heads in a chunk there is nothing left to split, so "all" means one head a chunk and rank.
+# What AUTO tries, and as many chunks as the largest share has heads.
 CHUNK_CHOICES = (1, 2, 4)
 
 
@@ -90,8 +90,11 @@ class ParallelRuntime:
 
     def reset(self) -> None:
         """After something failed: messages may be left in the process groups, so the next `use` makes new ones. Every
-        rank calls it. What was learnt about chunks, and the buffers, stay."""
+        rank calls it. Late messages may still be written into the buffers, and ranks may have counted different calls,
+        so buffers are left to whoever holds them, and what was learnt about chunks is forgotten."""
         self.close()
+        self._workspace.clear()
+        self.tuner.forget()
 
     @property
     def config(self) -> ParallelConfig:
@@ -100,7 +103,7 @@ class ParallelRuntime:
 
     @property
     def workspace_bytes(self) -> int:
-        """What the exchanges' buffers hold; it does not grow once the largest shape was seen."""
+        """What the exchanges' buffers hold; it does not grow once the largest shape was seen and measured."""
         return self._workspace.allocated_bytes
 
     def _make_mesh(self, config: ParallelConfig) -> _Mesh:
@@ -189,13 +192,14 @@ class ParallelRuntime:
             yield _alone(call)
             return
         tokens = self._group_tokens(mesh)
-        key = (mesh.config, tokens, call.batch, call.heads, call.head_dim, call.text_tokens > 0)
+        # All tokens: rings need the same chunks everywhere, and their own shares may change at different times.
+        key = (mesh.config, self._tokens, call.batch, call.heads, call.head_dim, call.text_tokens > 0)
         schedules = self._schedules(mesh.config, call.heads)
         chosen = self.tuner.choose(key, len(schedules)) if len(schedules) > 1 else 0
         watch = self.tuner.start() if len(schedules) > 1 else None
         yield from self._strategy(mesh, tokens, call, schedules[chosen]).attend(call)
-        if watch is not None:
-            self.tuner.finish(key, watch, functools.partial(self._agree, mesh))
+        if watch is not None and self.tuner.finish(key, watch, functools.partial(self._agree, mesh)):
+            self._workspace.clear()  # of what only the losers needed
 
     # -- inside -------------------------------------------------------------------------------------------------
 

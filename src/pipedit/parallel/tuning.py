@@ -75,20 +75,27 @@ class Tuner:
     def start(self) -> Stopwatch:
         return Stopwatch(self._device, self._clock)
 
-    def finish(self, key: Any, watch: Stopwatch, agree: Callable[[Sequence[float]], Sequence[float]]) -> None:
-        """After the call: notes its time; after the last round decides."""
+    def forget(self) -> None:
+        """After something failed, on every rank: some may have counted a call that others have not, and would go on
+        with other candidates than they."""
+        self._trials.clear()
+
+    def finish(self, key: Any, watch: Stopwatch, agree: Callable[[Sequence[float]], Sequence[float]]) -> bool:
+        """After the call: notes its time; after the last round decides, and says so with True."""
         trial = self._trials[key]
         if trial.best is not None:
-            return
+            return False
         count = len(trial.times)
         candidate, round_ = trial.calls % count, trial.calls // count
         if round_ > 0:
             trial.times[candidate].append(watch.stop())
         trial.calls += 1
-        if trial.calls == ROUNDS * count:
-            medians = agree([statistics.median(read() for read in times) for times in trial.times])
-            trial.best = decide(medians)
-            trial.times = []
+        if trial.calls < ROUNDS * count:
+            return False
+        medians = agree([statistics.median(read() for read in times) for times in trial.times])
+        trial.best = decide(medians)
+        trial.times = []
+        return True
 
 
 def decide(seconds: Sequence[float]) -> int:

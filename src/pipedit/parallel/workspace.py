@@ -20,8 +20,13 @@ class Workspace:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < count:
             self._buffers.pop(key, None)  # freed first: the old one and the new one need not be there together
-            buffer = self._buffers[key] = torch.empty(count, dtype=dtype, device=self._device)
+            with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+                buffer = self._buffers[key] = torch.empty(count, dtype=dtype, device=self._device)
         return buffer[:count].view(*shape)
+
+    def clear(self) -> None:
+        """Lets go of all buffers. Whoever still holds a tensor keeps its memory, but nobody else will get it."""
+        self._buffers.clear()
 
     @property
     def allocated_bytes(self) -> int:

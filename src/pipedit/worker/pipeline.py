@@ -1,7 +1,7 @@
 """`parallelize`: spreads a diffusers pipeline over the ranks of torchrun, and leaves it as it found it.
 
-Knows pipelines only by their transformers: `transformer`, and `transformer_2` where there are two experts. The VAE is
-left alone: every rank decodes the whole video.
+Knows pipelines only by their transformers: `transformer`, and `transformer_2` where there are two experts; and by
+their `vae`.
 """
 
 import contextlib
@@ -17,8 +17,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from pipedit.core.errors import InvalidRequestError
 from pipedit.core.parallel import AUTO, ParallelConfig
+from pipedit.models.decode_bindings import spread_decode
 from pipedit.models.sequence import attach
 from pipedit.models.sequence_bindings import binding_of
+from pipedit.parallel.rows import ChannelRows
 from pipedit.parallel.runtime import ParallelRuntime
 from pipedit.plan.degrees import Wanted, choose, degree_problems
 from pipedit.worker.interception import intercept
@@ -51,6 +53,12 @@ def parallelize(
     make the conditional prediction and half the unconditional one (from a prompt's second step on: the first one shows
     what the pipeline asks for). `pipesp_chunks`: see ParallelConfig.
 
+    The VAE decodes on all ranks too, so every rank calls `pipe.vae.decode`, if one does: Wan's by rows, HunyuanVideo's
+    by its temporal tiles, either by spatial tiles where `pipe.vae.enable_tiling()` says so. What cannot be shared is
+    decoded whole by each rank, which is as right, only not faster: other VAEs, compiled ones, one on another device
+    than the transformer, a HunyuanVideo that fits one temporal tile or is decoded without them, tiles of unusual sizes,
+    decoding outside torch.no_grad.
+
     torch.distributed is initialised if it is not, and then also ended. Raises InvalidRequestError for degrees that
     cannot be, models that are not supported, and ranks that were given different inputs.
     """
@@ -76,7 +84,10 @@ def parallelize(
         calls = PipelineCalls(runtime.branches if config.cfg_degree == 2 else None)
         for expert in experts:
             undo.callback(intercept(expert, calls.answer))
-        # Where the VAE is to be shared as well, it is attached here, as a further thing to undo.
+        if (vae := getattr(pipe, "vae", None)) is not None:
+            rows = ChannelRows(ranks=range(config.world_size), rank=dist.get_rank(), device=str(device))
+            undo.callback(rows.reset)
+            undo.callback(spread_decode(vae, rows, device))
         yield pipe
         calls.finish()
 

@@ -175,9 +175,10 @@ def check_same_inputs(inputs: Inputs) -> None:
 
 
 def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """[5] float64: number of values, norm of a sample of them, and three sums of it with different weights."""
+    """[5] float64: number of values, norm of a sample of them, and three sums of it with different weights. What is not
+    finite counts as 0: an overflow that all ranks have is no difference between them."""
     values = tensor.reshape(-1)
-    sample = values[:: max(1, values.numel() // _SAMPLES)].to(torch.float64).nan_to_num()
+    sample = values[:: max(1, values.numel() // _SAMPLES)].to(torch.float64).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     steps = torch.arange(sample.numel(), dtype=torch.float64, device=sample.device)
     sums = [(sample * torch.cos(math.sqrt(prime) * steps)).sum() for prime in (2, 3, 5)]
     count = sample.new_tensor(float(values.numel()))
