@@ -185,9 +185,9 @@ def test_a_prompt_that_begins_with_a_dash_is_explained(cli: Cli) -> None:
 
 
 def test_closed_streams_are_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdout", None)
-    monkeypatch.setattr("sys.stderr", None)
+    for name in ("stdin", "stdout", "stderr"):  # an open number below 3 cannot be handed on to workers
+        monkeypatch.setattr(sys, name, None)
     assert run(["generate", "", "-o", "x.mp5"]) == 2
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         assert stream.name == os.devnull
         stream.close()

@@ -1,9 +1,14 @@
 """Many workers on the command line: flags and their other names, errors, what is said, and doctor's table."""
 
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
+from pipedit.core.errors import PipeditError, WorkerDiedError
+from pipedit.core.messages import Command
+from pipedit.core.spans import Span
+from pipedit.executor.simulated import SimulatedExecutor
 from pipedit.media import read_metadata
 from tests.cli.running import Cli
 
@@ -52,6 +57,15 @@ def test_the_split_is_in_the_document_and_in_the_file(cli: Cli) -> None:
     assert (extra["num_workers"], extra["parallel"]) == (8, split)
 
 
+def test_workers_that_load_at_the_same_time_do_not_add_up(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    spans = [
+        Span(request_id="", rank=rank, role="denoiser", what="load", start_s=0.0, end_s=60.0, index=None)
+        for rank in range(2)
+    ]
+    monkeypatch.setattr(SimulatedExecutor, "start", lambda *_: spans)
+    assert cli.generate("x", "-o", "x.gif", "--num-workers", "2", "--json").document["load_s"] < 60.0
+
+
 def test_like_takes_the_video_and_not_the_workers(cli: Cli) -> None:
     cli.generate("x", "-o", "x.gif", "--num-workers", "6")
     ran = cli("generate", "--like", "x.gif", "-o", "y.gif", "--json", "--device", "cpu")
@@ -92,6 +106,38 @@ def test_guidance_groups_without_guidance_are_refused_for_that_prompt(cli: Cli, 
     assert ran.code == 0
     for config in ("cfg 2 x ring 1 x ulysses 1", "cfg 1 x ring 1 x ulysses 2, PipeSP auto"):
         assert f"2 workers: {config}" in ran.err
+
+
+def test_a_worker_that_died_is_named_and_no_traceback_is_offered(cli: Cli) -> None:
+    def die(_: Command) -> None:
+        raise WorkerDiedError("exit code 7", rank=1, doing="denoising", output=("its last words",))
+
+    ran = cli.generate("x", "-o", "x.gif", "--num-workers", "2", failing=die)
+    assert (ran.code, ran.out) == (1, "")
+    assert "error: worker 1 died while it was denoising (exit code 7)" in ran.err
+    assert "its last words" in ran.err
+    assert "hint:" not in ran.err
+
+
+def test_why_workers_died_is_told_even_where_fresh_ones_cannot_start(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    deaths: list[WorkerDiedError] = []
+
+    def start(*_: Any) -> tuple[Span, ...]:
+        if deaths:
+            raise PipeditError("there are no fresh workers")
+        return ()
+
+    def receive(*_: Any) -> NoReturn:
+        deaths.append(WorkerDiedError("exit code 7", rank=1, doing="encoding"))
+        raise deaths[-1]
+
+    monkeypatch.setattr(SimulatedExecutor, "start", start)
+    monkeypatch.setattr(SimulatedExecutor, "receive", receive)
+    ran = cli.generate("one", "two", "-o", "x.gif", "--num-workers", "2", "--json")
+    assert ran.code == 1
+    messages = ["x-1.gif: worker 1 died while it was encoding (exit code 7)", "x-2.gif: there are no fresh workers"]
+    assert ran.errors == messages
+    assert ran.document["error"]["messages"] == messages
 
 
 # -- doctor -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The engine over the simulated executor: order, checks, cancel, failure; then once over a real tiny model."""
 
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,16 @@ def test_a_closed_engine_says_so(simulated: Callable[..., Any]) -> None:
     with pytest.raises(pipedit.PipeditError, match="closed"):
         list(engine.generate("c", **SETTINGS))
     engine.close()
+
+
+def test_an_iterator_that_outlives_its_engine_waits_for_nobody(tiny_folder: Callable[[str], Path]) -> None:
+    with Engine(tiny_folder("wan"), device="cpu", num_workers=2, executor=SimulatedExecutor()) as engine:
+        stream = engine.stream("x", **SETTINGS)
+        next(stream)  # rank 0 has answered, rank 1 has not
+    thread = threading.Thread(target=stream.close, daemon=True)  # type: ignore[attr-defined]
+    thread.start()
+    thread.join(5.0)
+    assert not thread.is_alive()
 
 
 def test_an_abandoned_iterator_keeps_nothing_in_the_worker(tiny_folder: Callable[[str], Path]) -> None:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipedit.core.errors import InvalidRequestError, PipeditError, WorkerDiedErr
 from pipedit.core.spans import Span
 from pipedit.engine.engine import Engine
 from pipedit.engine.updates import Failed, Finished, Progress
-from pipedit.executor.local_processes import worker_environment
+from pipedit.executor.local_processes import ProcessLink, worker_environment
 from tests.executor.stand_ins import (
     BOTH,
     START_S,
@@ -207,6 +208,15 @@ def test_no_worker_outlives_its_parent(tmp_path: Path, prompt: str) -> None:
             parent.kill()
         assert parent.wait(10.0) == (-signal.SIGKILL if prompt else 0)
     assert await_that(lambda: not any(map(is_alive, pids)), 5.0)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="has no real-time signals")
+def test_an_ending_by_a_signal_without_a_name_has_its_number() -> None:
+    number = signal.SIGRTMIN + 1
+    program = (sys.executable, "-c", f"import os; os.kill(os.getpid(), {number})")
+    link = ProcessLink(0, program=program, environment=os.environ)
+    assert link.ending == f"signal {number}"
+    link.close()
 
 
 def test_each_worker_gets_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,6 +219,19 @@ def test_lost_workers_fail_what_had_begun_and_leave_the_rest_for_fresh_ones() ->
     assert scheduler.job("queued").phase is Phase.DONE
 
 
+def test_without_workers_for_good_nothing_is_waited_for() -> None:
+    scheduler = RequestScheduler(Placement.colocated(2))
+    for name in ("failing", "queued"):
+        scheduler.submit(name, REQUEST, Work(num_steps=3, num_chunks=1))
+    (encode,) = scheduler.next_commands()
+    scheduler.receive(messages.CommandFailed(request_id="failing", rank=0, doing="encoding", error=RuntimeError()))
+    assert not scheduler.job("failing").is_over, f"rank 1 owes its answer to {encode}"
+    scheduler.abandon()
+    assert [scheduler.job(name).phase for name in ("failing", "queued")] == [Phase.FAILED, Phase.CANCELLED]
+    assert scheduler.is_idle
+    assert scheduler.next_commands() == []
+
+
 def test_after_a_failure_every_rank_is_told_so() -> None:
     scheduler = RequestScheduler(Placement.colocated(2))
     scheduler.submit("a", REQUEST, Work(num_steps=2, num_chunks=1))

@@ -75,9 +75,9 @@ class Terminal:
 
 def replace_closed_streams() -> None:
     """What a shell has closed (`>&-`) becomes the null device: nobody reads it, and no file gets its number."""
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each gets the lowest number that is free
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - lives as long as the process
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - lives as long as the process
 
 
 @dataclasses.dataclass(kw_only=True)

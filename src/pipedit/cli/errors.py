@@ -16,7 +16,13 @@ from typing import Any
 import typer
 
 from pipedit.cli.console import Session
-from pipedit.core.errors import InsufficientMemoryError, InvalidRequestError, PipeditError, WorkerError
+from pipedit.core.errors import (
+    InsufficientMemoryError,
+    InvalidRequestError,
+    PipeditError,
+    WorkerDiedError,
+    WorkerError,
+)
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 _DEBUG_HINT = "pipedit --debug ... shows where it happened"
@@ -79,6 +85,8 @@ def describe(error: BaseException) -> Problem:
             return Problem(kind="bad_input", messages=error.problems, exit_code=BAD_INPUT)
         case InsufficientMemoryError():
             return Problem(kind="memory", messages=tuple(str(error).splitlines()))
+        case WorkerDiedError():  # a traceback would show where we waited for it, and not what it was at
+            return Problem(kind="worker", messages=(str(error),))
         case WorkerError():
             return Problem(kind="worker", messages=(str(error),), hints=(_DEBUG_HINT,))
         case PipeditError():

@@ -36,13 +36,14 @@ def fulfil(session: Session, plan: Plan, *, like: str | None, trace: str | None)
             _note_other_precision(session, plan, engine, like)
         engine.fetch()  # before there are bars: downloads show their own
         with display:
+            load_start_s = time.perf_counter()
             with display.loading(plan.settings.model):
                 engine.start()
+            load_s = time.perf_counter() - load_start_s  # as people wait for it: workers load at the same time
             garbage.begin()
             rendering = Rendering(engine, plan.jobs, display)
             results, failures = _run(session, rendering, display)
         timeline = _timeline(engine, rendering, plan)
-    load_s = sum(span.duration_s for span in timeline.spans if span.what == "load")
     report.update(load_s=load_s, total_s=time.perf_counter() - start_s)
     if results:
         session.terminal.say(summarize(results, load_s=load_s))
@@ -55,22 +56,33 @@ def fulfil(session: Session, plan: Plan, *, like: str | None, trace: str | None)
 
 
 def _run(session: Session, rendering: Rendering, display: Display) -> tuple[list[Result], list[Failure]]:
-    """Paths are printed as soon as their files are whole, so that a script can go on with them."""
+    """What ends the whole run is raised, unless a video has failed before it: that may be the reason, so it is told
+    first."""
     results: list[Result] = []
     failures: list[Failure] = []
-    for ending in rendering.run():
-        if isinstance(ending, Failure):
-            failures.append(ending)
-            session.terminal.say(f"failed: {ending.job.output}")  # why is said at the end
-            continue
-        results.append(ending)
-        session.report["results"].append(ending.as_json())
-        with display.paused():
-            if not session.as_json:
-                session.terminal.data(ending.job.output)
-            if session.as_json or not session.terminal.shows_data:
-                session.terminal.say(f"wrote {ending.job.output}")
+    try:
+        for ending in rendering.run():
+            if isinstance(ending, Failure):
+                failures.append(ending)
+                session.terminal.say(f"failed: {ending.job.output}")  # why is said at the end
+            else:
+                results.append(ending)
+                _tell_result(session, ending, display)
+    except PipeditError as error:
+        if not failures:
+            raise
+        failures.append(Failure(job=rendering.unfinished[0], error=error))
     return results, failures
+
+
+def _tell_result(session: Session, result: Result, display: Display) -> None:
+    """Paths are printed as soon as their files are whole, so that a script can go on with them."""
+    session.report["results"].append(result.as_json())
+    with display.paused():
+        if not session.as_json:
+            session.terminal.data(result.job.output)
+        if session.as_json or not session.terminal.shows_data:
+            session.terminal.say(f"wrote {result.job.output}")
 
 
 def _timeline(engine: Engine, rendering: Rendering, plan: Plan) -> Timeline:

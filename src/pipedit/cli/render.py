@@ -95,6 +95,11 @@ class Rendering:
                     yield ending
                     self._begin_next()
 
+    @property
+    def unfinished(self) -> list[Job]:
+        """Videos that have neither a result nor a failure, oldest first."""
+        return [video.job for video in self._open.values()]
+
     def _writer(self, job: Job) -> FrameWriter:
         """Touches no disk before the first frame."""
         request = job.request

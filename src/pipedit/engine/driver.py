@@ -109,6 +109,11 @@ class Driver:
         self._scheduler.lose_workers(error)
         self._note_endings()
 
+    def abandon(self) -> None:
+        """The workers were stopped for good: ends every request, so that nobody waits for an answer in flight."""
+        self.has_workers = False
+        self._scheduler.abandon()
+
     def drop(self, request_ids: Iterable[str], executor: Executor | None) -> None:
         """Cancels what nobody waits for any more, and lets the workers forget it."""
         ids = set(request_ids)

@@ -123,7 +123,8 @@ class Engine:
         """Stops the workers and frees their memory. Requests under way are dropped; the engine cannot be used again."""
         if self._executor is not None and self._driver.has_workers:
             self._executor.stop(STOP_TIMEOUT_S)
-        self._executor, self._driver.has_workers, self._closed = None, False, True
+        self._driver.abandon()
+        self._executor, self._closed = None, True
 
     def __enter__(self) -> Self:
         return self

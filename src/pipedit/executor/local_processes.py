@@ -147,8 +147,9 @@ class ProcessLink(Link):
             return "its connection was closed, though its process still ran"
         if code >= 0:
             return f"exit code {code}"
-        name = signal.Signals(-code).name
-        return f"{name}, which is also how the system ends processes when memory runs out" if code == -9 else name
+        if code == -signal.SIGKILL:
+            return "SIGKILL, which is also how the system ends processes when memory runs out"
+        return signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
 
     @property
     def output(self) -> tuple[str, ...]:

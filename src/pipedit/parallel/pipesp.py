@@ -52,6 +52,9 @@ class Schedule:
 # happens to be late; more would only cost memory.
 AHEAD = 2
 BEHIND = 2
+# Chunks whose attention starts over the own keys. With as much communication as computing, the second one arrives when
+# the first one, begun early, is done; from then on the link is ahead.
+EARLY = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,8 +137,8 @@ class PipeSP:
             lines.outward, self._shape, chunk, lines.workspace, slot, self._schedule.transport, self._record
         )
         is_last = chunk == len(self._shape.chunks) - 1
-        if chunk == 0 and self._splits_rows and not is_last:
-            self._put(outward, self._everybody, self._start_early(inward, mask))
+        if chunk < EARLY and self._splits_rows and not is_last:
+            self._put(outward, self._everybody, self._start_early(inward, chunk, mask))
             outward.post()
             return outward
         self._wait(inward, chunk, QUERY, KEY, VALUE)
@@ -149,25 +152,25 @@ class PipeSP:
             outward.post()
         return outward
 
-    def _start_early(self, inward: Inward, mask: torch.Tensor | None) -> torch.Tensor:
-        """The first chunk, which nothing was computed before: its attention begins with what is here."""
+    def _start_early(self, inward: Inward, chunk: int, mask: torch.Tensor | None) -> torch.Tensor:
+        """A chunk under whose transfer too little was computed: its attention begins with what is here."""
         shape, me = self._shape, self._lines.index
         own, text = shape.rows[me], slice(shape.latent_tokens, shape.all_rows)
         parts = [inward.view(part) for part in (QUERY, KEY, VALUE)]
         if inward.own_heads == 0:
-            self._wait(inward, 0, QUERY, KEY, VALUE)
+            self._wait(inward, chunk, QUERY, KEY, VALUE)
             return parts[0]
         # The text's keys follow the last rank's: there they are one run with the own ones.
         keys = slice(own.start, shape.all_rows if own.stop == shape.latent_tokens else own.stop)
         query, key, value = parts
         early = EarlyAttention(query, key, value, mask, keys, self._lines.workspace)
-        with self._record.measure("attention", 0):
+        with self._record.measure("attention", chunk):
             early.add([own, text])
-        self._wait(inward, 0, QUERY)
-        with self._record.measure("attention", 0):
+        self._wait(inward, chunk, QUERY)
+        with self._record.measure("attention", chunk):
             early.add([slice(0, own.start), slice(own.stop, shape.latent_tokens)])
-        self._wait(inward, 0, KEY, VALUE)
-        with self._record.measure("attention", 0):
+        self._wait(inward, chunk, KEY, VALUE)
+        with self._record.measure("attention", chunk):
             return early.finish()
 
     def _attend(self, inward: Inward, chunk: int, mask: torch.Tensor | None, rows: Sequence[slice]) -> torch.Tensor:

@@ -136,6 +136,15 @@ class RequestScheduler:
             )
             job.move(Phase.FAILED)
 
+    def abandon(self) -> None:
+        """There will be no workers any more, so nobody answers what is in flight: ends every request."""
+        self._busy.clear()
+        self._to_release.clear()
+        for job in self._jobs.values():
+            if not job.is_over:
+                job.awaited.clear()
+                job.move(Phase.FAILED if job.failure is not None else Phase.CANCELLED)
+
     def job(self, request_id: str) -> Job:
         return self._jobs[request_id]
 
