@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 
 from pipedit.core.errors import InvalidRequestError
 from pipedit.core.parallel import AUTO, MeshPosition, ParallelConfig, mesh_groups, mesh_position
@@ -85,6 +86,8 @@ class ParallelRuntime:
             )
         mesh = self._meshes.get(config)
         if mesh is None:
+            # Those who are not among `ranks` would not come to make the process groups with us.
+            assert config.world_size == 1 or dist.get_world_size() == len(self._ranks), self._ranks
             mesh = self._meshes[config] = self._make_mesh(config)
         self._mesh = mesh
 

@@ -77,7 +77,12 @@ def choose(wanted: Wanted, num_workers: int, heads: int, uses_guidance: bool, to
     if problems:
         raise InvalidRequestError(problems)
     shared = _Shared(heads=heads, uses_guidance=uses_guidance, tokens=tokens)
-    return max(_matching(wanted, num_workers, shared), key=lambda config: _preference(config, shared))
+    best = max(_matching(wanted, num_workers, shared), key=lambda config: _preference(config, shared))
+    if best.pipesp_chunks == AUTO:
+        return best
+    # A chunk has at least a head of the largest share, so more of them than that cannot be, and shall not be claimed.
+    largest_share = -(-heads // best.ulysses_degree)
+    return dataclasses.replace(best, pipesp_chunks=min(int(best.pipesp_chunks), largest_share))
 
 
 def legal_configs(num_workers: int, heads: int, uses_guidance: bool, tokens: int) -> list[DegreeRow]:
