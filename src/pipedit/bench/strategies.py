@@ -14,12 +14,11 @@ import torch
 from pipedit.core.parallel import AUTO, ParallelConfig
 from pipedit.core.spans import Span
 from pipedit.parallel.calls import Call, Kernel, Result
-from pipedit.parallel.channel import Channel
 from pipedit.parallel.exchange import ExchangeShape
 from pipedit.parallel.kernels import attention
-from pipedit.parallel.pipesp import Lines, PipeSP, Schedule
+from pipedit.parallel.pipesp import PipeSP, Schedule
 from pipedit.parallel.record import Record
-from pipedit.parallel.runtime import CHUNK_CHOICES, TIMEOUT, ParallelRuntime
+from pipedit.parallel.runtime import CHUNK_CHOICES, ParallelRuntime
 from pipedit.parallel.splits import chunk_heads, ranges, split_evenly
 from pipedit.parallel.tuning import ROUNDS
 from pipedit.parallel.workspace import Workspace
@@ -87,13 +86,9 @@ class AttentionBench:
         self._share = [x[:, mine].contiguous() for x in self._whole]  # [1, n, S, D]
         self.reference = attention(*self._whole)[:, :, rows].transpose(1, 2).contiguous()
         self._result = torch.empty_like(self.reference)  # every variant fills it
-        self._inward, self._outward = (self._open(world_size) for _ in range(2))
         self._runtime = CountingRuntime(ranks=range(world_size), rank=rank, device="cpu")
         self._runtime.use(ParallelConfig(ulysses_degree=world_size, pipesp_chunks=AUTO))
         self._runtime.begin_forward(tokens)
-
-    def _open(self, world_size: int) -> Channel:
-        return Channel.open([range(world_size)], self._rank, device=_CPU, timeout=TIMEOUT)
 
     @property
     def most_chunks(self) -> int:
@@ -117,7 +112,8 @@ class AttentionBench:
             text_tokens=0,
             dtype=self._call.dtype,
         )
-        lines = Lines(inward=self._inward, outward=self._outward, workspace=Workspace(_CPU))
+        # All on the same connections: one that was idle for a while begins slowly.
+        lines = dataclasses.replace(self._runtime.lines, workspace=Workspace(_CPU))
         strategy = PipeSP(lines, shape, schedule, kernel)
 
         def trace() -> list[Span]:

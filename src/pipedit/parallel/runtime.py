@@ -105,6 +105,12 @@ class ParallelRuntime:
         return self._mesh.config if self._mesh is not None else ParallelConfig()
 
     @property
+    def lines(self) -> Lines:
+        """The channels and buffers of Ulysses in the split in use, for those who measure on the very same."""
+        assert self._mesh is not None, "use a split first"
+        return self._mesh.lines
+
+    @property
     def workspace_bytes(self) -> int:
         """What the exchanges' buffers hold; it does not grow once the largest shape was seen and measured."""
         return self._workspace.allocated_bytes
