@@ -134,7 +134,7 @@ class LaunchedExecutor(LinkedExecutor):
         self._launch, self._program = launch, tuple(program)
         self._model, self._settings, self._placement = model, settings, placement
         self._was_started = False
-        self._store: Any = None  # kept, because it may be the one that the other ranks read
+        self._store: Any = None
 
     def _open_links(self, deadline_s: float) -> None:
         if self._was_started:
@@ -284,13 +284,21 @@ def _ignoring_interrupts() -> Iterator[None]:
 # -- both ---------------------------------------------------------------------------------------------------------
 
 
+# By address and port, for as long as the process lives: where the launcher keeps no store of its own, rank 0's is in
+# its process, and one that is opened anew for a second engine would be missed by ranks that still reach the first.
+_stores: dict[tuple[str, str], Any] = {}
+
+
 def _launchers_store(timeout_s: float) -> Any:
     """The store that every rank of the launcher reaches, under names of our own. Imports torch."""
     import torch.distributed as dist
 
-    timeout = datetime.timedelta(seconds=max(timeout_s, 1.0))
-    store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))  # type: ignore[attr-defined]
-    return dist.PrefixStore("pipedit", store)  # type: ignore[attr-defined]
+    place = (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+    if place not in _stores:
+        timeout = datetime.timedelta(seconds=max(timeout_s, 1.0))
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))  # type: ignore[attr-defined]
+        _stores[place] = dist.PrefixStore("pipedit", store)  # type: ignore[attr-defined]
+    return _stores[place]
 
 
 def _next_announcement(store: Any, rank: int) -> str:
