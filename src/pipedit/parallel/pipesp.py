@@ -4,8 +4,8 @@ PipeDiT (section 3.1) hides the output exchange of a head under the attention of
 in flight: while chunk c is computed, the chunks after it arrive and those before it leave; and the ends, which have
 nothing to hide under in the paper, are hidden too:
 
-* the first chunk's value, query and key leave one by one, each under the projection of the next one, and attention
-  starts over the own keys, with the own queries, while the others' are still on their way;
+* the first chunk's value, query and key leave one by one, each under the projection of the next one, and attention of
+  the first chunks starts over the own keys, with the own queries, while the others' are still on their way;
 * in the last chunk the others' rows are computed first and leave under the attention of the own rows, which need not
   travel.
 """
