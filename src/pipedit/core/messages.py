@@ -31,53 +31,93 @@ class Encode(Command):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Denoise(Command):
-    """Run denoising step `step` (0 draws the noise first); the ranks share it as `parallel` says."""
+class Exchanging(Command):
+    """Base of what ranks may do together, each waiting for messages of the others.
 
-    step: int
-    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    `epoch` counts how often such a command has failed so far. Messages may then be left over between ranks, so a rank
+    that hears of a new epoch drops the process groups of the old one first.
+    """
+
+    request: VideoRequest
+    epoch: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decode(Command):
-    """Decode chunk `chunk` of the clean latents. Chunks come in order, because causal VAEs carry state."""
+class Aco:
+    """Attention co-processing (PipeDiT, section 3.3): decoders that are idle take attention heads of a step.
+
+    `helpers`: for each Ulysses group of the denoisers, in order, the ranks that help it. `heads`: the shares of such a
+    group's members, its denoisers first, the same for each group. `text_tokens`: for each forward pass of the step, the
+    text tokens that take part in self-attention (0 where text is cross-attended).
+    """
+
+    helpers: tuple[tuple[int, ...], ...]
+    heads: tuple[int, ...]
+    text_tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Denoise(Exchanging):
+    """Run `num_steps` denoising steps from `step` on (0 draws the noise first); `ranks` share them as `parallel` says.
+
+    With `aco`, `ranks` ends with the helpers. Before step 0 the conditioning is fetched from the rank `conditioning_at`
+    (None: this rank has encoded the prompt itself).
+    """
+
+    step: int
+    num_steps: int = 1
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    conditioning_at: int | None = None
+    aco: Aco | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decode(Exchanging):
+    """Decode `num_chunks` chunks of the clean latents from `chunk` on. Chunks come in order, because causal VAEs carry
+    state. Before chunk 0 the latents are fetched from the rank `latents_at` (None: this rank has denoised them)."""
 
     chunk: int
+    num_chunks: int = 1
+    latents_at: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Release(Command):
-    """Forget everything kept for the request. Legal at any time.
-
-    `after_failure`: some rank failed in the midst of a command, so that messages between ranks may be left over."""
-
-    after_failure: bool = False
+    """Forget everything kept for the request. Legal at any time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
-    """Base of what a rank reports. `rank` finished the matching command for the request."""
+    """Base of what a rank reports. `rank` finished the matching command for the request.
+
+    `peak_bytes`: the most memory that the worker has held so far, on its device (on the CPU: resident in its process);
+    0 where nobody measured.
+    """
 
     request_id: str
     rank: int
     spans: tuple[Span, ...] = ()
+    peak_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoded(Event):
-    """Conditioning is ready."""
+    """Conditioning is ready. `text_tokens` as in Aco."""
+
+    text_tokens: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepDone(Event):
-    """Denoising step `step` is done."""
+    """Denoising is done up to and with step `step`."""
 
     step: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChunkDecoded(Event):
-    """Frames of chunk `chunk`: uint8 [F, H, W, 3] on the rank that answers for the output, None on the others."""
+    """Decoding is done up to and with chunk `chunk`. Frames of the command's chunks: uint8 [F, H, W, 3] on the rank
+    that answers for the output, None on the others."""
 
     chunk: int
     frames: "np.ndarray[Any, np.dtype[np.uint8]] | None" = None
