@@ -1,7 +1,6 @@
 """Attention calls with given tensors, the trivial answer, and functions that ranks run."""
 
 import dataclasses
-import datetime
 import functools
 import time
 from collections.abc import Sequence
@@ -11,17 +10,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from pipedit.core.errors import InvalidRequestError
+from pipedit.core.errors import InvalidRequestError, PipeditError
 from pipedit.core.parallel import ParallelConfig
+from pipedit.core.shares import ranges
 from pipedit.core.spans import Span
 from pipedit.models.sequence import AttentionCall
-from pipedit.parallel.channel import Channel
 from pipedit.parallel.exchange import KEY, QUERY, VALUE, ExchangeShape, Inward, Outward
 from pipedit.parallel.pipesp import Overlap
 from pipedit.parallel.record import Record
 from pipedit.parallel.runtime import ParallelRuntime
-from pipedit.parallel.splits import chunk_heads, ranges
+from pipedit.parallel.splits import chunk_heads
 from pipedit.parallel.workspace import Workspace
+from tests.parallel.ranks import fresh_opener, make_runtime
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def run_cases(
     rank: int, world_size: int, jobs: Sequence[tuple[ParallelConfig, Case]], overlap: str = "full"
 ) -> list[dict[str, Any]]:
     """Each case under its config, with one runtime; differences to the answer and what the buffers hold."""
-    runtime = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu", overlap=Overlap(overlap))
+    runtime = make_runtime(rank, world_size, overlap=Overlap(overlap))
     reports = []
     for config, case in jobs:
         runtime.use(config)
@@ -116,8 +116,8 @@ def run_cases(
         wanted, wanted_text = case.answer()
         reports.append(
             {
-                "difference": _difference(latents, wanted),
-                "text_difference": _difference(text, wanted_text),
+                "difference": difference(latents, wanted),
+                "text_difference": difference(text, wanted_text),
                 "runs": [(run.start, run.stop) for run in runs],
                 "bytes": runtime.workspace_bytes,
             }
@@ -126,7 +126,7 @@ def run_cases(
     return reports
 
 
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference; nan where something was never written."""
     return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
 
@@ -134,20 +134,18 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def run_wrong_order(rank: int, world_size: int) -> float:
     """How far off the result is if heads return in the ranks' order (head j of rank i at i * h + j) though chunks deal
     them out in runs."""
-    runtime = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu")
+    runtime = make_runtime(rank, world_size)
     runtime.use(ParallelConfig(ulysses_degree=world_size, pipesp_chunks=2))
     case = Case(tokens=16, heads=4 * world_size)
     latents, _, _ = run_case(runtime, case)
     wrong = latents.unflatten(2, (2, world_size, -1)).transpose(2, 3).flatten(2, 4)
-    return _difference(wrong, case.answer()[0])
+    return difference(wrong, case.answer()[0])
 
 
 def run_exchanges(rank: int, world_size: int, splits: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[float]:
     """In and out again through the bare exchange; differences to what each rank should hold."""
-    channels = [
-        Channel.open([range(world_size)], rank, device=torch.device("cpu"), timeout=datetime.timedelta(seconds=30))
-        for _ in range(2)
-    ]
+    open_channel = fresh_opener(rank)
+    channels = [open_channel(name, range(world_size)) for name in ("in", "out")]
     workspace, differences = Workspace(torch.device("cpu")), []
     for tokens, heads in splits:
         shape = ExchangeShape(
@@ -163,18 +161,18 @@ def run_exchanges(rank: int, world_size: int, splits: Sequence[tuple[tuple[int, 
             for part in (QUERY, KEY, VALUE):
                 inward.wait(part)
                 wanted = case.parts()[0][part][:, :, inward.own_run].transpose(1, 2)
-                differences.append(_difference(inward.view(part), wanted))
+                differences.append(difference(inward.view(part), wanted))
             for member, rows in enumerate(shape.rows):
                 outward.put(inward.view(VALUE)[:, :, rows], member)
             outward.post()
             inward.finish()
-            differences.append(_difference(outward.wait()[0], parts[VALUE][:, :, run]))
+            differences.append(difference(outward.wait()[0], parts[VALUE][:, :, run]))
     return differences
 
 
 def run_recorded(rank: int, world_size: int, case: Case, chunks: int) -> list[Span]:
     """The spans of one attention."""
-    runtime = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu")
+    runtime = make_runtime(rank, world_size)
     runtime.use(ParallelConfig(ulysses_degree=world_size, pipesp_chunks=chunks))
     runtime.record = Record(time.perf_counter, rank=rank)
     run_case(runtime, case)
@@ -184,15 +182,15 @@ def run_recorded(rank: int, world_size: int, case: Case, chunks: int) -> list[Sp
 def run_measured(rank: int, world_size: int, config: ParallelConfig, cases: Sequence[Case]) -> dict[str, Any]:
     """Cases one after the other under a config that measures chunks; differences to the answers, chunks of the last
     case, and what the buffers hold after it, with what they hold where that number of chunks was given."""
-    runtime = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu")
+    runtime = make_runtime(rank, world_size)
     runtime.use(config)
     differences = []
     for case in cases:
         latents, _, runs = run_case(runtime, case)
-        differences.append(_difference(latents, case.answer()[0]))
+        differences.append(difference(latents, case.answer()[0]))
     measured_bytes = runtime.workspace_bytes
     runtime.close()
-    given = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu")
+    given = make_runtime(rank, world_size)
     given.use(dataclasses.replace(config, pipesp_chunks=len(runs)))
     run_case(given, case)
     given_bytes = given.workspace_bytes
@@ -202,7 +200,7 @@ def run_measured(rank: int, world_size: int, config: ParallelConfig, cases: Sequ
 
 def run_after_failure(rank: int, world_size: int) -> dict[str, Any]:
     """One rank gives up in the midst of a measured attention; after `reset` all go on."""
-    runtime = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu")
+    runtime = make_runtime(rank, world_size)
     config, case = ParallelConfig(ulysses_degree=world_size), Case(tokens=16)
     runtime.use(config)
     run_case(runtime, case)
@@ -217,15 +215,15 @@ def run_after_failure(rank: int, world_size: int) -> dict[str, Any]:
     dist.barrier()  # so that the others have got what this rank had sent
     runtime.reset()
     left_bytes = runtime.workspace_bytes
-    runtime.use(config)
-    differences = [_difference(run_case(runtime, case)[0], case.answer()[0]) for _ in range(10)]
+    runtime.use(config, epoch=1)
+    differences = [difference(run_case(runtime, case)[0], case.answer()[0]) for _ in range(10)]
     runtime.close()
     return {"left_bytes": left_bytes, "differences": differences}
 
 
 def run_branches(rank: int, world_size: int) -> dict[str, Any]:
     """Two predictions on a mesh with a CFG axis; how many this rank computed, and what came out."""
-    runtime = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu")
+    runtime = make_runtime(rank, world_size)
     computed: list[int] = []
 
     def predict(branch: int) -> torch.Tensor:
@@ -248,7 +246,7 @@ def run_branches(rank: int, world_size: int) -> dict[str, Any]:
 
 def run_misuse(rank: int, world_size: int) -> list[str]:
     """Sentences of what is refused."""
-    runtime, sentences = ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu"), []
+    runtime, sentences = make_runtime(rank, world_size), []
     try:
         runtime.use(ParallelConfig(ulysses_degree=world_size + 1))
     except InvalidRequestError as error:
@@ -260,3 +258,22 @@ def run_misuse(rank: int, world_size: int) -> list[str]:
         sentences.append(str(error))
     runtime.close()
     return sentences
+
+
+def run_two_attentions(rank: int, world_size: int) -> dict[str, Any]:
+    """A second attention before the first one has given all results; then both, one after the other."""
+    runtime, case = make_runtime(rank, world_size), Case(tokens=16)
+    runtime.use(ParallelConfig(ulysses_degree=world_size, pipesp_chunks=2))
+    runtime.begin_forward(case.tokens)
+    latents, text, _ = case.parts()
+    call = GivenCall([runtime.shard(part, 1) for part in latents], text, None)
+    first, sentence = runtime.attend(call), ""
+    next(first)
+    try:
+        next(runtime.attend(call))
+    except PipeditError as error:
+        sentence = str(error)
+    left = len(list(first))
+    after = difference(run_case(runtime, case)[0], case.answer()[0])
+    runtime.close()
+    return {"sentence": sentence, "left": left, "difference": after}

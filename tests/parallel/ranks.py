@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import queue
 import tempfile
 import time
@@ -13,6 +14,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from pipedit.parallel.groups import OpenChannel, channel_opener, default_store
+from pipedit.parallel.runtime import ParallelRuntime
+
+_jobs = 0  # the number of the job that this rank does
+_openers = itertools.count()  # within the job
+
+
+def fresh_opener(rank: int, timeout_s: float = 60.0) -> OpenChannel:
+    """Opens channels where nobody has before. Ranks that are to meet have called it equally often in this job."""
+    store = default_store(f"{_jobs}/{next(_openers)}")
+    return channel_opener(store, rank=rank, device="cpu", timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def make_runtime(rank: int, world_size: int, **options: Any) -> ParallelRuntime:
+    """One of ranks 0 .. world_size - 1, or a helper of theirs."""
+    open_channel = fresh_opener(rank)
+    return ParallelRuntime(ranks=range(world_size), rank=rank, device="cpu", open_channel=open_channel, **options)
 
 
 class Ranks:
@@ -74,6 +93,7 @@ def ranks(world_size: int) -> Iterator[Ranks]:
 
 
 def _serve(rank: int, world_size: int, store: str, jobs: Any, results: Any) -> None:
+    global _jobs, _openers
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -84,6 +104,7 @@ def _serve(rank: int, world_size: int, store: str, jobs: Any, results: Any) -> N
     )
     while True:
         number, function, args = jobs.get()
+        _jobs, _openers = number, itertools.count()
         try:
             results.put((number, rank, function(rank, world_size, *args), None))
         except BaseException:  # noqa: BLE001 - the test process raises it again

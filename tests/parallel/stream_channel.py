@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from pipedit.parallel.channel import Channel, Pending, Transport
+from pipedit.parallel.groups import OpenChannel
 
 Result = TypeVar("Result")
 TIMEOUT_S = 60.0
@@ -37,9 +38,20 @@ class Board:
 class StreamChannel(Channel):
     """`name` tells the channels of one board apart."""
 
+    @classmethod
+    def opener(cls, board: Board, rank: int) -> OpenChannel:
+        """For ranks that are threads on the CPU."""
+
+        def open_channel(name: str, members: Sequence[int]) -> Channel:
+            if len(members) == 1:
+                return Channel()
+            return cls(board, (name, *members), len(members), list(members).index(rank), torch.device("cpu"))
+
+        return open_channel
+
     def __init__(self, board: Board, name: Any, size: int, index: int, device: torch.device) -> None:
-        super().__init__([0], 0)
-        self.ranks, self.index = tuple(range(size)), index
+        super().__init__()
+        self.size, self.index = size, index
         self._board, self._name, self._device = board, name, device
         self._numbers: collections.Counter[tuple[int, int]] = collections.Counter()
         self._line = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -54,7 +66,10 @@ class StreamChannel(Channel):
         ready = torch.cuda.current_stream(self._device).record_event() if self._line else None
         sends, receives = [], []
         for member, (sent, got) in enumerate(zip(outgoing, incoming, strict=True)):
-            assert member != self.index or sent is got is None, "not needed so far"
+            if member == self.index:
+                if sent is not None and got is not None and got is not sent:
+                    got.copy_(sent.view_as(got))
+                continue
             if sent is not None and sent.numel():
                 assert sent.is_contiguous()
                 done: queue.Queue[Any] = queue.Queue()
@@ -65,6 +80,12 @@ class StreamChannel(Channel):
                 box = self._box(member, self.index)
                 receives.append(_Waitable(lambda box=box, got=got: self._receive(box, got, ready)))  # type: ignore[misc]
         return Pending(receives, sends)
+
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        others = [member != self.index for member in range(self.size)]
+        incoming = [torch.empty_like(values) if is_other else None for is_other in others]
+        self.swap([values if is_other else None for is_other in others], incoming).wait()
+        return torch.stack([values if each is None else each for each in incoming]).amax(0)
 
     def _box(self, sender: int, receiver: int) -> "queue.Queue[Any]":
         number = self._numbers[sender, receiver]

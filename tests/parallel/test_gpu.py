@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from pipedit.core.parallel import ParallelConfig
+from pipedit.core.shares import ranges, split_evenly
+from pipedit.parallel.channel import Channel
 from pipedit.parallel.exchange import ExchangeShape
 from pipedit.parallel.kernels import attention, attention_with_lse
 from pipedit.parallel.pipesp import Lines, Overlap, PipeSP, Schedule
 from pipedit.parallel.ring import RingAttention
 from pipedit.parallel.runtime import ParallelRuntime
-from pipedit.parallel.splits import chunk_heads, ranges, split_evenly
+from pipedit.parallel.splits import chunk_heads
 from pipedit.parallel.workspace import Workspace
 from tests.parallel.cases import Case, GivenCall
 from tests.parallel.stream_channel import Board, StreamChannel, run_members
@@ -154,7 +156,7 @@ class TestOnCuda:
     def test_one_rank_alone_needs_no_group(self) -> None:
         case = Case(tokens=24, text_tokens=4)
         latents, text, _ = case.parts()
-        runtime = ParallelRuntime(ranks=[0], rank=0, device="cuda")
+        runtime = ParallelRuntime(ranks=[0], rank=0, device="cuda", open_channel=lambda _name, _members: Channel())
         runtime.use(ParallelConfig())
         runtime.begin_forward(case.tokens)
         (result,) = runtime.attend(GivenCall([x.cuda() for x in latents], [x.cuda() for x in text], None))

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import functools
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,14 +15,9 @@ import torch.distributed as dist
 import pipedit
 from pipedit.core.errors import InvalidRequestError
 from pipedit.worker.pipeline_calls import check_same_inputs
-from tests import tiny_pipelines
 from tests.parallel.ranks import Ranks
+from tests.parallel.videos import NEGATIVE, PROMPTS, Settings, load, make_latents, parts_of, settings_of
 from tests.untouched import state_of
-
-Settings = dict[str, Any]
-PROMPTS = ["a red ball moves right", "two green triangles"]
-EXPERTS = ("transformer", "transformer_2")
-NEGATIVE = "blurry"
 
 
 @pytest.fixture
@@ -34,28 +28,6 @@ def four(gloo: Callable[[int], Ranks]) -> Ranks:
 @pytest.fixture
 def three(gloo: Callable[[int], Ranks]) -> Ranks:
     return gloo(3)
-
-
-@functools.cache
-def load(folder: str) -> Any:
-    return tiny_pipelines.load_diffusers(Path(folder))
-
-
-def settings_of(kind: str, **changes: Any) -> Settings:
-    """3 x 2 x 3 = 18 latent tokens, which neither 4 ranks nor 4 heads on 3 ranks share evenly."""
-    return {"prompt": PROMPTS[0], "seed": 3, **tiny_pipelines.QUICK_SETTINGS[kind], **changes}
-
-
-def make_latents(pipe: Any, *, seed: int, **settings: Any) -> torch.Tensor:
-    """The clean latents, float32."""
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    latents: torch.Tensor = pipe(generator=generator, output_type="latent", **settings).frames
-    return latents.float()
-
-
-def parts_of(pipe: Any) -> list[Any]:
-    return [part for name in EXPERTS if (part := getattr(pipe, name, None)) is not None]
 
 
 # -- what the ranks do --------------------------------------------------------------------------------------------
@@ -207,10 +179,10 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 SPREAD = [
-    Decode(kind="wan", size=(2, 4, 5), batch=2),  # on 3 ranks: 2, 1 and 1 rows
-    Decode(kind="wan", size=(2, 2, 3), batch=2, is_sliced=True),  # a rank without a row
+    Decode(kind="wan", size=(2, 19, 5), batch=2),  # on 3 ranks: 7, 6 and 6 rows
+    Decode(kind="wan", size=(2, 13, 3), batch=2, is_sliced=True),  # a rank without a row
     Decode(kind="wan", size=(2, 7, 5), batch=2, is_tiled=True),
-    Decode(kind="wan_ti2v", size=(2, 5, 3)),
+    Decode(kind="wan_ti2v", size=(2, 19, 3)),
     Decode(kind="wan_ti2v", size=(2, 5, 3), is_tiled=True),  # two tiles
     Decode(kind="hunyuan", size=(7, 2, 3), batch=2),  # two temporal tiles
     Decode(kind="hunyuan", size=(6, 3, 2), batch=2, is_sliced=True, dtype=torch.bfloat16),
@@ -238,12 +210,14 @@ def test_rows_alone_give_another_picture(tiny_folder: Callable[[str], Path]) -> 
     case, vae = SPREAD[0], load(str(tiny_folder("wan"))).vae
     latents = case.make_latents(vae)
     with torch.no_grad():
-        slabs = torch.cat([vae.decode(slab).sample for slab in latents.split((2, 1, 1), dim=3)], dim=3)
+        slabs = torch.cat([vae.decode(slab).sample for slab in latents.split((7, 6, 6), dim=3)], dim=3)
         assert difference(slabs, vae.decode(latents).sample) > 10 * GREY_LEVEL
 
 
 def test_what_cannot_be_shared_is_decoded_by_each_rank(three: Ranks, tiny_folder: Callable[[str], Path]) -> None:
-    for case in (Decode(kind="hunyuan", size=(4, 2, 3)), Decode(kind="wan", size=(1, 3, 3), is_recorded=True)):
+    too_small = Decode(kind="wan", size=(2, 11, 5))
+    recorded = Decode(kind="wan", size=(1, 19, 3), is_recorded=True)
+    for case in (Decode(kind="hunyuan", size=(4, 2, 3)), too_small, recorded):
         for (result,) in three.run(decode, str(tiny_folder(case.kind)), [case]):
             assert torch.equal(result.together, result.alone)
             assert result.positions == result.positions_alone
@@ -324,9 +298,10 @@ def test_two_branches_without_guidance(
 @pytest.mark.parametrize(
     ("degrees", "message"),
     [
-        ({"ulysses_degree": 3}, "does not divide 4"),
+        ({"ulysses_degree": 3}, "ulysses_degree=3 cannot run on 4 workers: 3 does not divide 4; nearest that can"),
         ({"cfg_degree": 3, "pipesp_chunks": 0}, "cfg_degree=3 is too many"),
-        ({"ulysses_degree": 2, "ring_degree": 1}, "nearest that can"),
+        ({"cfg_degree": 1, "ulysses_degree": 2, "ring_degree": 1}, "together they make 2; nearest that can"),
+        ({"ulysses_degree": 2, "ring_degree": 1}, "ring_degree=1 and ulysses_degree=2 on 4 ranks would need"),
     ],
 )
 def test_impossible_degrees(degrees: Settings, message: str, four: Ranks, tiny_folder: Callable[[str], Path]) -> None:

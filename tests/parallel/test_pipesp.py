@@ -19,6 +19,7 @@ from tests.parallel.cases import (
     run_measured,
     run_misuse,
     run_recorded,
+    run_two_attentions,
     run_wrong_order,
 )
 from tests.parallel.ranks import Ranks
@@ -181,3 +182,10 @@ def test_what_cannot_be_shared_is_refused_in_words(gloo: Group) -> None:
             "cfg 1 x ring 1 x ulysses 3 is for 3 workers, but there are 2",
             "1 latent tokens cannot be shared by 2 workers; take fewer workers or a larger video",
         ]
+
+
+def test_two_attentions_at_once_are_refused_and_do_no_harm(gloo: Group) -> None:
+    for report in gloo(2).run(run_two_attentions):
+        assert "another attention over these ranks is still under way" in report["sentence"]
+        assert report["left"] == 1
+        assert report["difference"] <= TOLERANCE["float32"]

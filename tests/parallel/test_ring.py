@@ -1,18 +1,17 @@
 """Ring attention on gloo ranks equals attention over everything in one process."""
 
 import dataclasses
-import datetime
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from pipedit.core.shares import ranges
 from pipedit.parallel.channel import Channel
 from pipedit.parallel.kernels import attention
 from pipedit.parallel.ring import RingAttention
-from pipedit.parallel.splits import ranges
 from pipedit.parallel.workspace import Workspace
-from tests.parallel.ranks import Ranks
+from tests.parallel.ranks import Ranks, fresh_opener
 
 WIDTH = 16
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.5e-2}
@@ -62,8 +61,7 @@ def ring_results(rank: int, world_size: int, cases: list[Case]) -> list[torch.Te
 
 def _channel(rank: int, world_size: int) -> Channel:
     if not _channels:
-        timeout = datetime.timedelta(seconds=30)
-        _channels.append(Channel.open([range(world_size)], rank, device=torch.device("cpu"), timeout=timeout))
+        _channels.append(fresh_opener(rank)("ring", range(world_size)))
     return _channels[0]
 
 
@@ -114,7 +112,7 @@ def test_a_member_that_sees_its_own_keys_only_would_be_found() -> None:
 
 def test_a_ring_of_one_is_plain_attention() -> None:
     case = Case(tokens=(20,), text_tokens=5, shown=(5, 2))
-    out = _attend(RingAttention(Channel([0], 0), case.tokens), case, 0)
+    out = _attend(RingAttention(Channel(), case.tokens), case, 0)
     assert torch.equal(out, attention(*case.inputs(), case.mask(20)))
 
 

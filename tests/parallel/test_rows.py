@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
+from pipedit.core.shares import ranges, split_evenly
 from pipedit.models.registry import open_model
 from pipedit.parallel.channel import Channel
 from pipedit.parallel.rows import ChannelRows
-from pipedit.parallel.splits import ranges, split_evenly
 from tests.models.parity import make_request
-from tests.parallel.ranks import Ranks
+from tests.parallel.ranks import Ranks, fresh_opener
 
 Group = Callable[[int], Ranks]
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -23,19 +22,12 @@ _groups: dict[int, ChannelRows] = {}  # of a rank's process, which stays: the fi
 
 
 def _group(rank: int, size: int) -> ChannelRows:
-    """The first `size` ranks; on other ranks of no use. All process groups are made at the first call, on every rank,
-    because torch numbers them."""
+    """The first `size` ranks. All groups are made at the first call, on every rank."""
     if not _groups:
-        for count in range(1, WORLD + 1):
-            members = range(count) if rank < count else (rank,)
-            group = dist.new_group(list(range(count)))
-            channel = Channel(members, rank, group if rank < count and count > 1 else None)
-            _groups[count] = ChannelRows(ranks=members, rank=rank, device="cpu", open_channel=_always(channel))
+        open_channel = fresh_opener(rank)
+        for count in range(rank + 1, WORLD + 1):
+            _groups[count] = ChannelRows(ranks=range(count), rank=rank, device="cpu", open_channel=open_channel)
     return _groups[size]
-
-
-def _always(channel: Channel) -> Callable[..., Channel]:
-    return lambda *_arguments, **_options: channel
 
 
 def _picture(total: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -48,7 +40,7 @@ def _picture(total: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def edges(rank: int, _world_size: int, total: int) -> list[torch.Tensor]:
     group = _group(rank, WORLD)
     group.begin()
-    shares = group.shares(total)
+    shares = group.shares(total, WORLD)
     if shares[rank] == 0:
         return []
     own = [picture.split(shares, dim=-2)[rank] for picture in (_picture(total), _picture(total)[:1] + 1)]
@@ -69,7 +61,7 @@ def test_edges_are_the_neighbours_rows(total: int, gloo: Group) -> None:
 def whole(rank: int, _world_size: int, total: int, dtype: torch.dtype) -> torch.Tensor | None:
     group = _group(rank, WORLD)
     group.begin()
-    shares = group.shares(total)
+    shares = group.shares(total, WORLD)
     return group.gather_rows(_picture(total, dtype).split(shares, dim=-2)[rank], shares) if shares[rank] else None
 
 
@@ -123,26 +115,27 @@ def test_the_next_rank_gets_what_is_passed_on(gloo: Group) -> None:
 
 
 def reset(rank: int, _world_size: int) -> list[list[torch.Tensor] | None]:
-    group = ChannelRows(ranks=range(WORLD), rank=rank, device="cpu")
+    group = ChannelRows(ranks=range(WORLD), rank=rank, device="cpu", open_channel=fresh_opener(rank))
     results = []
-    for start in (0, 10):
-        group.begin()
+    for epoch, start in enumerate((0, 10)):
+        group.begin(epoch)
         results.append(group.collect(torch.full((1,), start + rank), [1] * WORLD))
-        group.reset()
+    group.close()
     return results
 
 
-def test_a_group_goes_on_after_a_reset(gloo: Group) -> None:
+def test_a_group_goes_on_in_a_new_epoch(gloo: Group) -> None:
     first, *_ = gloo(WORLD).run(reset)
     assert [[int(piece) for piece in pieces] for pieces in first] == [[0, 1, 2, 3], [10, 11, 12, 13]]
 
 
-def test_a_reset_makes_a_fresh_channel() -> None:
-    opened: list[Channel] = []
+def test_an_epoch_makes_a_fresh_channel() -> None:
+    opened: list[str] = []
 
-    def open_channel(groups: Sequence[Sequence[int]], rank: int, **_options: Any) -> Channel:
-        opened.append(Channel(groups[0], rank))
-        return opened[-1]
+    def open_channel(name: str, members: Sequence[int]) -> Channel:
+        assert members == (3,)
+        opened.append(name)
+        return Channel()
 
     group = ChannelRows(ranks=[3], rank=3, device="cpu", open_channel=open_channel)
     assert (group.size, group.index, opened) == (1, 0, [])
@@ -152,8 +145,8 @@ def test_a_reset_makes_a_fresh_channel() -> None:
     group.reset()
     with pytest.raises(AssertionError, match="begin first"):
         group.collect(torch.ones(2), [2])
-    group.begin()
-    assert len(opened) == 2
+    group.begin(epoch=2)
+    assert opened == ["rows/0", "rows/2"]
     assert group.collect(torch.ones(2), [2]) is not None
 
 
@@ -176,11 +169,12 @@ def decoded(rank: int, _world_size: int, folder: str, kind: str, sizes: tuple[in
         if rank >= size:
             continue
         stage = adapter.load_decode_stage("cpu", adapter.default_precision("cpu"))
-        stage.attach(_group(rank, size))
+        group = _group(rank, size)
+        group.begin()
         for settings in CASES[kind]:
             request = make_request(adapter, kind, **settings)
             latents = torch.randn(adapter.latent_shape(request), generator=torch.Generator().manual_seed(0))
-            state = stage.begin(request, latents)
+            state = stage.begin(request, latents, group)
             results.append([stage.chunk(state, index) for index in range(adapter.num_decode_chunks(request, size))])
     return results
 

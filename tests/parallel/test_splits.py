@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipedit.core.parallel import ParallelConfig, mesh_position
-from pipedit.parallel.splits import chunk_heads, ranges, split_evenly
+from pipedit.core.shares import ranges, split_evenly
+from pipedit.parallel.splits import chunk_heads
 
 
 @given(st.integers(0, 10_000), st.integers(1, 64))

@@ -3,11 +3,12 @@
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 
 from pipedit.parallel.channel import Channel, Pending
+from pipedit.parallel.groups import OpenChannel
 from pipedit.parallel.rows import ChannelRows
 
 Result = TypeVar("Result")
@@ -46,11 +47,11 @@ def run_on_threads(
     sent must have been taken."""
     boxes: Boxes = {(a, b): queue.Queue() for a in range(size) for b in range(size)}
 
-    def open_channel(_groups: Sequence[Sequence[int]], rank: int, **_options: Any) -> Channel:
-        return cast(Channel, ThreadChannel(size, rank, boxes))
+    def opener(rank: int) -> OpenChannel:
+        return lambda _name, _members: cast(Channel, ThreadChannel(size, rank, boxes))
 
     ranks = range(size)
-    groups = [group(ranks=ranks, rank=rank, device="cpu", open_channel=open_channel) for rank in ranks]
+    groups = [group(ranks=ranks, rank=rank, device="cpu", open_channel=opener(rank)) for rank in ranks]
     with ThreadPoolExecutor(size) as threads:
         results = list(threads.map(function, groups))
     left = {way: box.qsize() for way, box in boxes.items() if box.qsize() and way[0] != way[1]}

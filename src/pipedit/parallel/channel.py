@@ -4,6 +4,7 @@ Each direction of traffic has a channel, and so a process group (on CUDA: a comm
 what leaves never queues behind what arrives.
 """
 
+import contextlib
 import datetime
 import enum
 from collections.abc import Sequence
@@ -18,6 +19,11 @@ class Transport(enum.StrEnum):
 
     POINT_TO_POINT = "point_to_point"
     COLLECTIVE = "collective"
+
+
+_TAG = 0  # messages are told apart by their order
+_NEVER_SENT = 1
+_AT_ONCE = datetime.timedelta(milliseconds=1)
 
 
 class Pending:
@@ -42,50 +48,33 @@ class Pending:
 
 
 class Channel:
-    """One process group and one direction of traffic. A channel of one member only copies."""
+    """This rank's end of one process group, for one direction of traffic. A channel of one member only copies."""
 
-    def __init__(self, ranks: Sequence[int], rank: int, group: dist.ProcessGroup | None = None) -> None:
-        """`ranks`: global ranks of the members in order; `rank` is this one; `group` may be None for one member."""
-        assert group is not None or len(ranks) == 1, ranks
-        self.ranks, self.index, self.group = tuple(ranks), list(ranks).index(rank), group
-        self._is_nccl = group is not None and dist.get_backend(group) == "nccl"
-
-    @classmethod
-    def open(
-        cls,
-        groups: Sequence[Sequence[int]],
-        rank: int,
-        *,
-        device: torch.device,
-        timeout: datetime.timedelta,
-    ) -> "Channel":
-        """Makes a process group for each of `groups` (disjoint; one holds `rank`) and returns the one of `rank`.
-
-        Every rank of torch.distributed calls this, with the same groups and in the same order: torch names process
-        groups by how many there were before, and groups that are made among some ranks only may get other names on
-        each of them and then wait for ever.
-        """
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        mine = None
-        for ranks in groups:
-            group = dist.new_group(list(ranks), timeout=timeout, backend=backend) if len(ranks) > 1 else None
-            if rank in ranks:
-                mine = cls(ranks, rank, group)
-        assert mine is not None, f"rank {rank} is in none of {groups}"
-        if mine.group is not None and backend == "nccl":
-            # The communicator is made by the first operation, which needs every member; later ones may skip some.
-            dist.all_reduce(torch.zeros(1, device=device), group=mine.group)
-        return mine
+    def __init__(self, group: Any = None) -> None:
+        """`group`: a backend of torch.distributed (see groups.py), None where this rank is the only member."""
+        self._group = group
+        self.size: int = 1 if group is None else group.size()
+        self.index: int = 0 if group is None else group.rank()
+        self._is_nccl = group is not None and group.name() == "nccl"
 
     def close(self) -> None:
         """Ends the process group; every member does. Nothing may be on its way."""
-        if self.group is not None and dist.is_initialized():
-            dist.destroy_process_group(self.group)
-        self.group = None
+        if self._group is not None:
+            self._group.shutdown()
+        self._group = None
 
-    @property
-    def size(self) -> int:
-        return len(self.ranks)
+    def abandon(self) -> None:
+        """Ends the process group after a failure, whatever is on its way. With gloo, members that wait for this one
+        fail at once; with NCCL when their timeout is over."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        if self._is_nccl:
+            group.abort()
+            return
+        # gloo has no such call, but closes all connections of a group when a receive runs out of time.
+        with contextlib.suppress(RuntimeError):
+            group.recv([torch.empty(1)], (self.index + 1) % self.size, _NEVER_SENT).wait(_AT_ONCE)
 
     def swap(
         self,
@@ -109,10 +98,10 @@ class Channel:
         receives, sends = self._travelling(incoming), self._travelling(outgoing)
         if self._is_nccl:
             return self._batched(sends, receives)
-        received = [dist.irecv(x, src=self.ranks[i], group=self.group) for i, x in receives]
+        received = [self._group.recv([x], i, _TAG) for i, x in receives]
         # Each starts with its successor, so that not everybody sends to the same member first.
         sends.sort(key=lambda entry: (entry[0] - self.index) % self.size)
-        sent = [dist.isend(x, dst=self.ranks[i], group=self.group) for i, x in sends]
+        sent = [self._group.send([x], i, _TAG) for i, x in sends]
         return Pending(received, sent, [outgoing, incoming])
 
     def _travelling(self, tensors: Sequence[torch.Tensor | None]) -> list[tuple[int, torch.Tensor]]:
@@ -123,21 +112,24 @@ class Channel:
         self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]
     ) -> Pending:
         """NCCL wants them in one group: a lone receive would block the stream on which the send has to run."""
-        operations = [dist.P2POp(dist.irecv, x, self.ranks[i], self.group) for i, x in receives]
-        operations += [dist.P2POp(dist.isend, x, self.ranks[i], self.group) for i, x in sends]
-        works = dist.batch_isend_irecv(operations) if operations else []
-        return Pending(works, keep=[sends, receives])
+        if not sends and not receives:
+            return Pending()
+        self._group._start_coalescing()
+        for member, tensor in receives:
+            self._group.recv([tensor], member, _TAG)
+        for member, tensor in sends:
+            self._group.send([tensor], member, _TAG)
+        return Pending([self._group._end_coalescing()], keep=[sends, receives])
 
     def _all_to_all(self, outgoing: Sequence[torch.Tensor | None], incoming: Sequence[torch.Tensor | None]) -> Pending:
         some = next(x for x in (*outgoing, *incoming) if x is not None)
         nothing = some.new_empty(0)
         out = [nothing if x is None or i == self.index else x.flatten() for i, x in enumerate(outgoing)]
         back = [nothing if x is None or i == self.index else x.view(-1) for i, x in enumerate(incoming)]
-        work = dist.all_to_all(back, out, group=self.group, async_op=True)
-        return Pending([work], keep=[out, back, outgoing, incoming])
+        return Pending([self._group.alltoall(back, out)], keep=[out, back, outgoing, incoming])
 
     def max(self, values: torch.Tensor) -> torch.Tensor:
         """The largest of each value over the members, which all call this."""
-        if self.group is not None:
-            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+        if self._group is not None:
+            self._group.allreduce([values], dist.ReduceOp.MAX).wait()
         return values

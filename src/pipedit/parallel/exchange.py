@@ -4,6 +4,10 @@ Every exact strategy is this operation with its own splits (PipeDiT, section 3.1
 of the group owns tokens[r] latent tokens, maybe none, and takes part in each chunk with heads[r], maybe none. Text
 tokens are a segment that every rank has: they never travel in, and only their rows of the result travel out.
 
+Helpers (PipeDiT, section 3.3: attention co-processing), the last ranks of the group, only take heads: they own nothing
+and have no text. It comes to them behind the tokens of the last owner, so that both are one message, and they get no
+results back.
+
 Shape legend: B batch, S latent tokens of the group, s[r] those of rank r, T text tokens, N heads of a chunk, n[r] those
 of rank r, D head width. Buffers have rows (tokens) outermost, so that what comes from one rank is contiguous for every
 B and is received in place.
@@ -15,9 +19,9 @@ from collections.abc import Sequence
 
 import torch
 
+from pipedit.core.shares import ranges
 from pipedit.parallel.channel import Channel, Pending, Transport
 from pipedit.parallel.record import Record
-from pipedit.parallel.splits import ranges
 from pipedit.parallel.workspace import Workspace
 
 QUERY, KEY, VALUE = range(3)
@@ -26,7 +30,8 @@ Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query, key, value
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExchangeShape:
-    """What one attention exchanges. `chunks`: [chunk][rank] -> heads, see splits.chunk_heads."""
+    """What one attention exchanges. `chunks`: [chunk][rank] -> heads, see splits.chunk_heads. The last `helpers` ranks
+    help the others."""
 
     tokens: tuple[int, ...]
     chunks: tuple[tuple[int, ...], ...]
@@ -34,6 +39,10 @@ class ExchangeShape:
     head_dim: int
     text_tokens: int
     dtype: torch.dtype
+    helpers: int = 0
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.helpers < len(self.tokens) and not any(self.tokens[self.owners :]), self
 
     @functools.cached_property
     def rows(self) -> tuple[slice, ...]:
@@ -50,6 +59,21 @@ class ExchangeShape:
         return sum(self.tokens)
 
     @property
+    def owners(self) -> int:
+        """How many ranks, the first ones, have the text and may have tokens."""
+        return len(self.tokens) - self.helpers
+
+    def text_of(self, member: int) -> int:
+        """Text tokens that the member has, and whose results it gets."""
+        return self.text_tokens if member < self.owners else 0
+
+    def sent_rows(self, sender: int, receiver: int) -> slice:
+        """What goes in from one rank to another: the sender's tokens, and the text from the last owner to helpers."""
+        rows = self.rows[sender]
+        with_text = sender == self.owners - 1 and receiver >= self.owners
+        return slice(rows.start, self.all_rows) if with_text else rows
+
+    @property
     def all_rows(self) -> int:
         return self.latent_tokens + self.text_tokens
 
@@ -58,22 +82,22 @@ class ExchangeShape:
 
     def incoming_bytes(self, chunk: int, member: int) -> int:
         """Query, key and value that `member` receives from the others for a chunk."""
-        rows = self.latent_tokens - self.tokens[member]
+        rows = self.all_rows - self.tokens[member] - self.text_of(member)
         return 3 * rows * self.row_elements(self.chunks[chunk][member]) * self.dtype.itemsize
 
     def outgoing_bytes(self, chunk: int, member: int) -> int:
-        """Results that `member` sends to the others for a chunk, text rows to each of them."""
-        others = len(self.tokens) - 1
-        rows = self.latent_tokens - self.tokens[member] + others * self.text_tokens
+        """Results that `member` sends to the others for a chunk, text rows to each of them that has the text."""
+        rows = sum(self.tokens[other] + self.text_of(other) for other in range(len(self.tokens)) if other != member)
         return rows * self.row_elements(self.chunks[chunk][member]) * self.dtype.itemsize
 
 
 class Inward:
     """One chunk's query, key and value on their way to the ranks that take its heads.
 
-    Memory: (S + T) * B * 3 * n * D elements to receive into, s * B * 3 * (N - n) * D to send from; one such pair a
-    `slot`. `send_all` packs the three into one message to each rank; `send_part` sends them one by one, for the first
-    chunk, whose transfer hides only under its own projections.
+    Memory: (S + T) * B * 3 * n * D elements to receive into and s * B * 3 * (N - n) * D to send from, on the last owner
+    also T * B * 3 * n[h] * D for each helper h; one such set a `slot`. `send_all` packs the three into one message to
+    each rank; `send_part` sends them one by one, for the first chunk, whose transfer hides only under its own
+    projections. Both take the text q, k, v that `sent_text` asks for.
     """
 
     def __init__(
@@ -96,7 +120,7 @@ class Inward:
         self.own_run = slice(self.run.start + own.start, self.run.start + own.stop)  # among the model's heads
         elements = shape.all_rows * 3 * shape.row_elements(self._mine)
         self._storage = workspace.take(("in", slot), (elements,), shape.dtype)
-        send_elements = shape.tokens[channel.index] * 3 * shape.row_elements(sum(self.heads) - self._mine)
+        send_elements = sum(self._sent_elements(3, member) for member in range(channel.size) if member != channel.index)
         self._staging = workspace.take(("in staging", slot), (send_elements,), shape.dtype)
         self._staged = 0
         self._pending: dict[int, Pending] = {}
@@ -106,19 +130,28 @@ class Inward:
     def own_heads(self) -> int:
         return self._mine
 
-    def send_all(self, parts: Parts) -> None:
+    @property
+    def sent_text(self) -> slice | None:
+        """The heads, among the model's, whose text q, k, v this rank sends along; None: it sends no text."""
+        shape, me = self._shape, self._channel.index
+        first = self._of[shape.owners - 1].stop
+        if me != shape.owners - 1 or not shape.text_tokens or first == self._of[-1].stop:
+            return None
+        return slice(self.run.start + first, self.run.stop)
+
+    def send_all(self, parts: Parts, text: Parts | None = None) -> None:
         """The local tokens' q, k, v [B, s, N, D], in one message to each rank."""
         shape = self._shape
         received = self._storage.view(shape.all_rows, shape.batch, 3, self._mine, shape.head_dim)
         self._views = [received[:, :, part] for part in range(3)]
-        self._pending[QUERY] = self._pending[KEY] = self._pending[VALUE] = self._swap(parts, received)
+        self._pending[QUERY] = self._pending[KEY] = self._pending[VALUE] = self._swap(parts, text, received)
 
-    def send_part(self, part: int, tensor: torch.Tensor) -> None:
+    def send_part(self, part: int, tensor: torch.Tensor, text: Parts | None = None) -> None:
         """One of the three, [B, s, N, D]. All ranks send them in the same order."""
         shape = self._shape
         received = self._storage.view(3, shape.all_rows, shape.batch, 1, self._mine, shape.head_dim)
         self._views = [received[each, :, :, 0] for each in range(3)]
-        self._pending[part] = self._swap((tensor,), received[part])
+        self._pending[part] = self._swap((tensor,), None if text is None else (text[part],), received[part])
 
     def put_text(self, parts: Parts) -> None:
         """The text's q, k, v for this rank's heads, [B, T, n, D]. After the sends."""
@@ -138,7 +171,9 @@ class Inward:
         for pending in self._pending.values():
             pending.wait()
 
-    def _swap(self, parts: tuple[torch.Tensor, ...], received: torch.Tensor) -> Pending:
+    def _swap(
+        self, parts: tuple[torch.Tensor, ...], text: tuple[torch.Tensor, ...] | None, received: torch.Tensor
+    ) -> Pending:
         shape, me = self._shape, self._channel.index
         outgoing: list[torch.Tensor | None] = []
         incoming: list[torch.Tensor | None] = []
@@ -148,27 +183,38 @@ class Inward:
                 outgoing.append(None)
                 incoming.append(None)
             else:
-                target = self._take_staging(len(parts), self.heads[member])
+                target = self._take_staging(len(parts), member)
                 outgoing.append(target)
-                incoming.append(received[shape.rows[member]])
+                incoming.append(received[shape.sent_rows(member, me)])
+            own = shape.tokens[me]
             for number, part in enumerate(parts):
-                target[:, :, number].copy_(part[:, :, heads].transpose(0, 1))
+                target[:own, :, number].copy_(part[:, :, heads].transpose(0, 1))
+            if len(target) > own and text is not None:
+                first = self._of[shape.owners].start
+                for number, part in enumerate(text):
+                    some = part[:, :, heads.start - first : heads.stop - first]
+                    target[own:, :, number].copy_(some.transpose(0, 1))
         pending = self._channel.swap(outgoing, incoming, self._transport)
         payload = shape.incoming_bytes(self._chunk, me) * len(parts) // 3
         return self._record.watch(pending, "input exchange", self._chunk, payload)
 
-    def _take_staging(self, parts: int, heads: int) -> torch.Tensor:
+    def _sent_elements(self, parts: int, member: int) -> int:
+        rows = self._shape.sent_rows(self._channel.index, member)
+        return int(rows.stop - rows.start) * parts * self._shape.row_elements(self.heads[member])
+
+    def _take_staging(self, parts: int, member: int) -> torch.Tensor:
         shape = self._shape
-        size = (shape.tokens[self._channel.index], shape.batch, parts, heads, shape.head_dim)
-        start, self._staged = self._staged, self._staged + size[0] * parts * shape.row_elements(heads)
-        return self._staging[start : self._staged].view(size)
+        start, self._staged = self._staged, self._staged + self._sent_elements(parts, member)
+        staging = self._staging[start : self._staged]
+        rows = shape.sent_rows(self._channel.index, member)
+        return staging.view(rows.stop - rows.start, shape.batch, parts, self.heads[member], shape.head_dim)
 
 
 class Outward:
     """One chunk's result on its way back to the ranks that own the tokens.
 
-    Memory: (S + (R - 1) * T) * B * n * D elements to send from and (s + T) * B * N * D to receive into for R ranks; one
-    such pair a `slot`.
+    Memory: (S + (R - 1) * T) * B * n * D elements to send from and (s + T) * B * N * D to receive into for R owners
+    (a helper: S + R * T rows, and nothing); one such pair a `slot`.
     """
 
     def __init__(
@@ -186,7 +232,7 @@ class Outward:
         self._record = record or Record()
         self.heads, self.run = shape.chunks[chunk], shape.runs[chunk]
         self._mine = self.heads[channel.index]
-        rows = [tokens + shape.text_tokens for tokens in shape.tokens]
+        rows = [tokens + shape.text_of(member) for member, tokens in enumerate(shape.tokens)]
         self._outgoing = self._split("out", rows, [self._mine] * channel.size)
         self._incoming = self._split("back", [rows[channel.index]] * channel.size, self.heads)
         self._pending = Pending()
@@ -197,8 +243,8 @@ class Outward:
         target[: self._shape.tokens[member]].copy_(result.permute(2, 0, 1, 3))
 
     def put_text(self, result: torch.Tensor) -> None:
-        """Result rows of the text, [B, n, T, D], which go to everybody. Before `post`."""
-        for member in range(self._channel.size):
+        """Result rows of the text, [B, n, T, D], which go to every owner. Before `post`."""
+        for member in range(self._shape.owners):
             self._target(member)[self._shape.tokens[member] :].copy_(result.permute(2, 0, 1, 3))
 
     def post(self) -> None:
@@ -215,11 +261,11 @@ class Outward:
         text). Valid until the next chunk's `wait`."""
         self._pending.wait()
         shape, me = self._shape, self._channel.index
-        rows = shape.tokens[me] + shape.text_tokens
+        rows = shape.tokens[me] + shape.text_of(me)
         whole = self._workspace.take("merged", (rows, shape.batch, sum(self.heads), shape.head_dim), shape.dtype)
         torch.cat(self._incoming, dim=2, out=whole)
         merged = whole.transpose(0, 1)
-        text = merged[:, shape.tokens[me] :] if shape.text_tokens else None
+        text = merged[:, shape.tokens[me] :] if shape.text_of(me) else None
         return merged[:, : shape.tokens[me]], text
 
     def _target(self, member: int) -> torch.Tensor:

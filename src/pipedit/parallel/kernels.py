@@ -13,6 +13,8 @@ _FLASH_WIDEST_HEAD = 256
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """[B, n, Q, D] from q [B, n, Q, D] and k, v [B, n, K, D]; scaled by 1 / sqrt(D). `mask` [B, 1, 1, K] bool, True
     where the key counts. The same call as diffusers' native backend, so the same bits. A row without keys is 0."""
+    if not q.numel():  # without heads, torch 2.11 divides by zero on the CPU and ends the process
+        return torch.empty_like(q)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

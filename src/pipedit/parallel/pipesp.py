@@ -119,14 +119,15 @@ class PipeSP:
         slot = chunk % (self._ahead + 1)
         inward = Inward(lines.inward, shape, chunk, lines.workspace, slot, self._schedule.transport, self._record)
         run = inward.run
+        sent_text = None if inward.sent_text is None else call.text(inward.sent_text)
         if chunk == 0 and self._splits_rows:
-            inward.send_part(VALUE, call.value(run))
-            inward.send_part(QUERY, call.query(run))
-            inward.send_part(KEY, call.key(run))
+            inward.send_part(VALUE, call.value(run), sent_text)
+            inward.send_part(QUERY, call.query(run), sent_text)
+            inward.send_part(KEY, call.key(run), sent_text)
         else:
             value = call.value(run)
-            inward.send_all((call.query(run), call.key(run), value))
-        if shape.text_tokens:
+            inward.send_all((call.query(run), call.key(run), value), sent_text)
+        if shape.text_of(lines.index):
             inward.put_text(call.text(inward.own_run))
         return inward
 
@@ -137,7 +138,7 @@ class PipeSP:
             lines.outward, self._shape, chunk, lines.workspace, slot, self._schedule.transport, self._record
         )
         is_last = chunk == len(self._shape.chunks) - 1
-        if chunk < EARLY and self._splits_rows and not is_last:
+        if chunk < EARLY and self._splits_rows and not is_last and not self._helps:
             self._put(outward, self._everybody, self._start_early(inward, chunk, mask))
             outward.post()
             return outward
@@ -180,6 +181,11 @@ class PipeSP:
             return query
         with self._record.measure("attention", chunk):
             return self._kernel(query, inward.view(KEY), inward.view(VALUE), mask)
+
+    @property
+    def _helps(self) -> bool:
+        """Whether this rank has nothing of its own to begin with."""
+        return self._lines.index >= self._shape.owners
 
     @property
     def _everybody(self) -> tuple[int, ...]:

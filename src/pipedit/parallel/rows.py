@@ -3,18 +3,14 @@
 All of it moves values and changes none. Knows no model; decode stages call it (see `RowGroup` in models).
 """
 
-import datetime
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from pipedit.core.shares import split_evenly
 from pipedit.parallel.channel import Channel
-from pipedit.parallel.splits import split_evenly
-
-# A dead neighbour is noticed at once by its closed connection, or by whoever started the ranks; this is for one that
-# hangs.
-TIMEOUT = datetime.timedelta(minutes=10)
+from pipedit.parallel.groups import OpenChannel
 
 # What a tensor that nobody announced looks like, as numbers: its data type, then its dimensions.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8)
@@ -29,35 +25,39 @@ class ChannelRows:
     Methods block (on CUDA: the current stream waits), so what they were handed may be changed afterwards.
     """
 
-    def __init__(
-        self,
-        *,
-        ranks: Sequence[int],
-        rank: int,
-        device: str,
-        timeout: datetime.timedelta = TIMEOUT,
-        open_channel: Callable[..., Channel] = Channel.open,
-    ) -> None:
-        """`ranks`: global ranks that decode together, in order, and all that torch.distributed has; `rank` is this one.
-        Does not communicate yet."""
+    def __init__(self, *, ranks: Sequence[int], rank: int, device: str, open_channel: OpenChannel) -> None:
+        """`ranks`: global ranks that decode together, in order; `rank` is this one. Does not communicate yet."""
         self.size, self.index = len(ranks), list(ranks).index(rank)
-        self._ranks, self._rank, self._device, self._timeout = tuple(ranks), rank, torch.device(device), timeout
-        self._open_channel = open_channel
+        self._ranks, self._device, self._open_channel = tuple(ranks), torch.device(device), open_channel
+        self._epoch = 0
         self._channel: Channel | None = None
 
-    def begin(self) -> None:
+    def begin(self, epoch: int = 0) -> None:
+        """Before anything else. All ranks of the group call it, and wait for each other the first time. In a larger
+        `epoch` than before the group is made anew: something failed, and messages may be left in the old one."""
+        assert epoch >= self._epoch, (epoch, self._epoch)
+        if epoch > self._epoch:
+            self.reset()
+            self._epoch = epoch
         if self._channel is None:
-            self._channel = self._open_channel([self._ranks], self._rank, device=self._device, timeout=self._timeout)
+            self._channel = self._open_channel(f"rows/{epoch}", self._ranks)
 
     def reset(self) -> None:
-        """Closes the process group, in which messages may be left after a failure; the next `begin` makes a new one.
-        Every rank calls it."""
+        """Ends the group after a failure, so that ranks which wait for this one fail too (with gloo, at once). It is
+        made anew in the next epoch."""
+        if self._channel is not None:
+            self._channel.abandon()
+        self._channel = None
+
+    def close(self) -> None:
+        """Ends the group; every rank calls it."""
         if self._channel is not None:
             self._channel.close()
         self._channel = None
 
-    def shares(self, total: int) -> tuple[int, ...]:
-        return split_evenly(total, self.size)
+    def shares(self, total: int, members: int) -> tuple[int, ...]:
+        assert 1 <= members <= self.size, (members, self.size)
+        return (*split_evenly(total, members), *[0] * (self.size - members))
 
     def with_edges(self, tensors: Sequence[torch.Tensor], members: int) -> list[torch.Tensor]:
         """Memory: a copy of each tensor, and of its two outermost rows."""

@@ -4,55 +4,41 @@ Models see it as "shard, attend, gather" (pipedit.models.sequence.SequenceParall
 with `use`; process groups are made once for each and kept.
 """
 
-import dataclasses
-import datetime
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 
-from pipedit.core.errors import InvalidRequestError
-from pipedit.core.parallel import AUTO, MeshPosition, ParallelConfig, mesh_groups, mesh_position
+from pipedit.core.errors import InvalidRequestError, PipeditError
+from pipedit.core.messages import Aco
+from pipedit.core.parallel import AUTO, ParallelConfig
+from pipedit.core.shares import ranges, split_evenly
+from pipedit.parallel.aco import Forward, HelpersCall, aco_problems
 from pipedit.parallel.calls import Call, Kernel, Result, key_mask
 from pipedit.parallel.channel import Channel, Transport
 from pipedit.parallel.exchange import ExchangeShape
+from pipedit.parallel.groups import OpenChannel
 from pipedit.parallel.kernels import attention
+from pipedit.parallel.mesh import Helpers, Mesh, open_mesh
 from pipedit.parallel.pipesp import Lines, Overlap, PipeSP, Schedule
 from pipedit.parallel.record import Record
 from pipedit.parallel.ring import RingAttention
-from pipedit.parallel.splits import chunk_heads, ranges, split_evenly
+from pipedit.parallel.splits import chunk_heads
 from pipedit.parallel.tuning import Tuner
 from pipedit.parallel.workspace import Workspace
 
-# A dead neighbour is noticed at once by its closed connection, or by whoever started the ranks; this is for one that
-# hangs.
-TIMEOUT = datetime.timedelta(minutes=10)
 # What AUTO tries, and as many chunks as the largest share has heads.
 CHUNK_CHOICES = (1, 2, 4)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Mesh:
-    """The channels of one split, as this rank sees them."""
-
-    config: ParallelConfig
-    position: MeshPosition
-    lines: Lines
-    ring: Channel
-    rows: Channel  # of everybody who shares the tokens
-    branches: Channel
-
-    @property
-    def place(self) -> int:
-        """This rank's place in the order of the tokens."""
-        return self.position.ring * self.config.ulysses_degree + self.position.ulysses
-
-
 class ParallelRuntime:
-    """`ranks`: global ranks that share the denoising, in order; `rank` is this one. torch.distributed is initialised
-    unless there is one rank only. Starts out with one rank doing everything."""
+    """`ranks`: global ranks that share the denoising, in order; `rank` is this one, which is one of them or helps them.
+    `open_channel` is not used where a rank is alone. Starts out with one rank doing everything.
+
+    Memory: the buffers of the exchanges (see exchange.py), as large as the largest call so far needed, whatever the
+    split. Process groups, kept for each split and each set of helpers: two where ranks only help, else up to five.
+    """
 
     def __init__(
         self,
@@ -60,44 +46,59 @@ class ParallelRuntime:
         ranks: Sequence[int],
         rank: int,
         device: str,
-        timeout: datetime.timedelta = TIMEOUT,
+        open_channel: OpenChannel,
         clock: Callable[[], float] = time.perf_counter,
         overlap: Overlap = Overlap.FULL,
     ) -> None:
         """`overlap` other than FULL is for measurements."""
-        self._ranks, self._rank, self._device, self._timeout = tuple(ranks), rank, torch.device(device), timeout
-        self._overlap = overlap
+        self._ranks, self._rank, self._device = tuple(ranks), rank, torch.device(device)
+        self._open_channel, self._overlap = open_channel, overlap
         self._workspace = Workspace(self._device)
-        self._channels: dict[tuple[str, tuple[tuple[int, ...], ...]], Channel] = {}
-        self._meshes: dict[ParallelConfig, _Mesh] = {}
-        self._mesh: _Mesh | None = None
+        self._epoch = 0
+        self._channels: dict[tuple[str, tuple[int, ...]], Channel] = {}
+        self._meshes: dict[tuple[ParallelConfig, Helpers], Mesh] = {}
+        self._mesh: Mesh | None = None
+        self._aco: Aco | None = None
         self._tokens: tuple[int, ...] = ()
+        self._forwards = 0  # since the split is in use
+        self._under_way: Call | None = None  # the attention that the other ranks wait for
         self.tuner = Tuner(self._device, clock)
         self.record = Record()  # replaced by whoever wants to see what happens
 
     # -- the split ----------------------------------------------------------------------------------------------
 
-    def use(self, config: ParallelConfig) -> None:
-        """Splits the work like this from now on. Every rank of torch.distributed calls it with the same: the first
-        time, a split's process groups are made, for which all wait."""
-        if config.world_size not in (1, len(self._ranks)):
-            raise InvalidRequestError(
-                [f"{config.describe()} is for {config.world_size} workers, but there are {len(self._ranks)}"]
-            )
-        mesh = self._meshes.get(config)
+    def use(self, config: ParallelConfig, *, aco: Aco | None = None, epoch: int = 0) -> None:
+        """Splits the work like this from now on. All who take part, helpers included, call it with the same: the first
+        time, a split's process groups are made, for which they wait for each other. In a larger `epoch` than before
+        everything is made anew: something failed, and messages may be left over. Raises InvalidRequestError for what
+        cannot be."""
+        assert epoch >= self._epoch, (epoch, self._epoch)
+        if epoch > self._epoch:
+            self.reset()
+            self._epoch = epoch
+        self._check(config, aco)
+        helpers = () if aco is None else aco.helpers
+        mesh = self._meshes.get((config, helpers))
         if mesh is None:
-            # Those who are not among `ranks` would not come to make the process groups with us.
-            assert config.world_size == 1 or dist.get_world_size() == len(self._ranks), self._ranks
-            mesh = self._meshes[config] = self._make_mesh(config)
-        self._mesh = mesh
+            mesh = self._meshes[config, helpers] = self._make_mesh(config, helpers)
+        self._mesh, self._aco, self._forwards = mesh, aco, 0
 
     def reset(self) -> None:
-        """After something failed: messages may be left in the process groups, so the next `use` makes new ones. Every
-        rank calls it. Late messages may still be written into the buffers, and ranks may have counted different calls,
-        so buffers are left to whoever holds them, and what was learnt about chunks is forgotten."""
-        self.close()
+        """After something failed: messages may be left in the process groups, so the next `use`, in a new epoch, makes
+        new ones. Ranks that wait for this one fail too (with gloo, at once). Late messages may still be written into
+        the buffers, and ranks may have counted different calls, so buffers are left to whoever holds them, and what was
+        learnt about chunks is forgotten."""
+        for channel in self._channels.values():
+            channel.abandon()
+        self._forget_channels()
         self._workspace.clear()
         self.tuner.forget()
+
+    def close(self) -> None:
+        """Ends the process groups that `use` made. Every rank calls it; afterwards each works alone."""
+        for channel in self._channels.values():
+            channel.close()
+        self._forget_channels()
 
     @property
     def config(self) -> ParallelConfig:
@@ -115,41 +116,36 @@ class ParallelRuntime:
         """What the exchanges' buffers hold; it does not grow once the largest shape was seen and measured."""
         return self._workspace.allocated_bytes
 
-    def _make_mesh(self, config: ParallelConfig) -> _Mesh:
+    def _check(self, config: ParallelConfig, aco: Aco | None) -> None:
+        problems = []
+        if config.world_size not in (1, len(self._ranks)):
+            problems = [f"{config.describe()} is for {config.world_size} workers, but there are {len(self._ranks)}"]
+        elif aco is not None:
+            problems = aco_problems(config, aco, self._ranks)
+        if problems:
+            raise InvalidRequestError(problems)
+
+    def _make_mesh(self, config: ParallelConfig, helpers: Helpers) -> Mesh:
         # With a degree of one everywhere, each rank does the whole work for itself.
-        alone = config.world_size == 1
-        ranks = (self._rank,) if alone else self._ranks
-        position = mesh_position(config, ranks.index(self._rank))
-
-        groups = mesh_groups(config)
-
-        def channel(purpose: str, parts: Sequence[Sequence[int]]) -> Channel:
-            return self._channel(purpose, tuple(tuple(ranks[index] for index in part) for part in parts))
-
-        return _Mesh(
-            config=config,
-            position=position,
-            lines=Lines(
-                inward=channel("inward", groups.ulysses),
-                outward=channel("outward", groups.ulysses),
-                workspace=self._workspace,
-            ),
-            ring=channel("ring", groups.ring),
-            rows=channel("rows", groups.sequence),
-            branches=channel("branches", groups.cfg),
+        ranks = self._ranks if config.world_size > 1 or helpers else (self._rank,)
+        return open_mesh(
+            config,
+            helpers,
+            ranks=ranks,
+            rank=self._rank,
+            workspace=self._workspace,
+            open_channel=self._channel,
         )
 
-    def _channel(self, purpose: str, groups: tuple[tuple[int, ...], ...]) -> Channel:
-        key = (purpose, groups)
+    def _channel(self, purpose: str, members: Sequence[int]) -> Channel:
+        key = (purpose, tuple(members))
         if key not in self._channels:
-            self._channels[key] = Channel.open(groups, self._rank, device=self._device, timeout=self._timeout)
+            self._channels[key] = self._open_channel(f"denoise/{self._epoch}/{purpose}", members)
         return self._channels[key]
 
-    def close(self) -> None:
-        """Ends the process groups that `use` made. Every rank calls it; afterwards each works alone."""
-        for channel in self._channels.values():
-            channel.close()
-        self._channels, self._meshes, self._mesh = {}, {}, None
+    def _forget_channels(self) -> None:
+        self._channels, self._meshes, self._mesh, self._aco = {}, {}, None, None
+        self._under_way = None  # if there was one, it has no channels any more
 
     # -- what a model asks for ----------------------------------------------------------------------------------
 
@@ -160,8 +156,8 @@ class ParallelRuntime:
         if mesh is None or mesh.config.cfg_degree == 1 or len(predictions) == 1:
             return [predict() for predict in predictions]
         assert len(predictions) == mesh.config.cfg_degree, "one prediction a branch"
-        own = predictions[mesh.position.cfg]().contiguous()
-        all_ = [own if branch == mesh.position.cfg else torch.empty_like(own) for branch in range(len(predictions))]
+        own = predictions[mesh.branch]().contiguous()
+        all_ = [own if branch == mesh.branch else torch.empty_like(own) for branch in range(len(predictions))]
         mesh.branches.swap([own] * len(predictions), all_).wait()
         return all_
 
@@ -173,12 +169,14 @@ class ParallelRuntime:
                 [f"{tokens} latent tokens cannot be shared by {degree} workers; take fewer workers or a larger video"]
             )
         self._tokens = split_evenly(tokens, degree)
+        self._forwards += 1
 
     def shard(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """This rank's rows, a view."""
         mesh = self._mesh
         if mesh is None:
             return tensor
+        assert mesh.place is not None, "helpers have no tokens"
         assert tensor.shape[dim] == sum(self._tokens), f"{tuple(tensor.shape)} has not all {sum(self._tokens)} tokens"
         mine = ranges(self._tokens)[mesh.place]
         return tensor.narrow(dim, mine.start, mine.stop - mine.start)
@@ -195,33 +193,77 @@ class ParallelRuntime:
         return whole.movedim(0, dim)
 
     def attend(self, call: Call) -> Iterator[Result]:
-        """One attention over all tokens, by Ulysses or PipeSP inside and ring attention around it."""
+        """One attention over all tokens, by Ulysses or PipeSP inside and ring attention around it. Raises PipeditError
+        while another one is under way: both would use the same buffers, and the ranks' messages would be mixed up."""
         mesh = self._mesh
-        if mesh is None or mesh.rows.size == 1:
+        if mesh is None or mesh.is_alone:
             yield _alone(call)
             return
-        tokens = self._group_tokens(mesh)
-        # All tokens: rings need the same chunks everywhere, and their own shares may change at different times.
-        key = (mesh.config, self._tokens, call.batch, call.heads, call.head_dim, call.text_tokens > 0)
-        schedules = self._schedules(mesh.config, call.heads)
-        chosen = self.tuner.choose(key, len(schedules)) if len(schedules) > 1 else 0
-        watch = self.tuner.start() if len(schedules) > 1 else None
-        yield from self._strategy(mesh, tokens, call, schedules[chosen]).attend(call)
-        if watch is not None and self.tuner.finish(key, watch, functools.partial(self._agree, mesh)):
-            self._workspace.clear()  # of what only the losers needed
+        self._check_call(mesh, call)
+        if self._under_way is not None:
+            raise PipeditError(
+                "another attention over these ranks is still under way: take all of its results first, and run a model "
+                "that is spread over ranks in one thread only"
+            )
+        self._under_way = call
+        try:
+            yield from self._attend_together(mesh, call)
+        finally:
+            if self._under_way is call:  # else `reset` or `close` came in between
+                self._under_way = None
+
+    @torch.inference_mode()
+    def help(self, forwards: Sequence[Forward]) -> None:
+        """A helper's part of one step: takes its share of the heads, as `use` said, at every attention of the forward
+        passes. With a CFG degree of 2, of the one pass that its group runs."""
+        mesh = self._mesh
+        assert mesh is not None and mesh.place is None, "this rank does not help; see `use`"
+        if mesh.config.cfg_degree > 1:
+            assert len(forwards) == mesh.config.cfg_degree, forwards
+            forwards = [forwards[mesh.branch]]
+        for forward in forwards:
+            self.begin_forward(forward.latent_tokens)
+            call = HelpersCall(forward, self._device)
+            for _ in range(forward.sites):
+                for _ in self.attend(call):
+                    pass
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _group_tokens(self, mesh: _Mesh) -> tuple[int, ...]:
-        first = mesh.position.ring * mesh.config.ulysses_degree
-        return self._tokens[first : first + mesh.config.ulysses_degree]
+    def _check_call(self, mesh: Mesh, call: Call) -> None:
+        """What helpers rely on, who never see the call."""
+        if self._aco is None:
+            return
+        if call.text_mask is not None:
+            raise InvalidRequestError(
+                ["attention co-processing cannot mask text: make videos of prompts of unequal length one by one"]
+            )
+        passes = self._aco.text_tokens
+        number = mesh.branch if mesh.config.cfg_degree > 1 else (self._forwards - 1) % len(passes)
+        assert call.text_tokens == passes[number], (call.text_tokens, passes, number)
+        assert call.heads == sum(self._aco.heads), (call.heads, self._aco)
 
-    def _schedules(self, config: ParallelConfig, heads: int) -> list[Schedule]:
+    def _attend_together(self, mesh: Mesh, call: Call) -> Iterator[Result]:
+        shares = self._shares(mesh, call.heads)
+        # All tokens: rings need the same chunks everywhere, and their own shares may change at different times.
+        key = (mesh.config, mesh.members, shares, self._tokens, call.batch, call.head_dim, call.text_tokens > 0)
+        schedules = self._schedules(mesh.config, shares)
+        chosen = self.tuner.choose(key, len(schedules)) if len(schedules) > 1 else 0
+        watch = self.tuner.start() if len(schedules) > 1 else None
+        yield from self._strategy(mesh, shares, call, schedules[chosen]).attend(call)
+        if watch is not None and self.tuner.finish(key, watch, functools.partial(self._agree, mesh)):
+            self._workspace.clear()  # of what only the losers needed
+
+    def _shares(self, mesh: Mesh, heads: int) -> tuple[int, ...]:
+        """Heads of each member of the group of Ulysses."""
+        return split_evenly(heads, mesh.config.ulysses_degree) if self._aco is None else self._aco.heads
+
+    def _schedules(self, config: ParallelConfig, shares: tuple[int, ...]) -> list[Schedule]:
         """The candidates, plain Ulysses first; one where the number of chunks was given."""
-        most = max(split_evenly(heads, config.ulysses_degree))
+        most = max(shares)
         if config.pipesp_chunks != AUTO:
             return [Schedule(chunks=min(int(config.pipesp_chunks), most), overlap=self._overlap)]
-        if config.ulysses_degree == 1:
+        if len(shares) == 1:
             return [Schedule(chunks=1)]
         counts = sorted({min(count, most) for count in (*CHUNK_CHOICES, most)})
         transports = tuple(Transport) if self._device.type == "cuda" else (Transport.POINT_TO_POINT,)
@@ -231,15 +273,16 @@ class ParallelRuntime:
             for transport in transports
         ]
 
-    def _strategy(self, mesh: _Mesh, tokens: tuple[int, ...], call: Call, schedule: Schedule) -> PipeSP:
-        heads = split_evenly(call.heads, mesh.config.ulysses_degree)
+    def _strategy(self, mesh: Mesh, shares: tuple[int, ...], call: Call, schedule: Schedule) -> PipeSP:
+        tokens = self._tokens[mesh.first : mesh.first + mesh.config.ulysses_degree]
         shape = ExchangeShape(
-            tokens=tokens,
-            chunks=chunk_heads(heads, schedule.chunks),
+            tokens=(*tokens, *[0] * mesh.helpers),
+            chunks=chunk_heads(shares, schedule.chunks),
             batch=call.batch,
             head_dim=call.head_dim,
             text_tokens=call.text_tokens,
             dtype=call.dtype,
+            helpers=mesh.helpers,
         )
         return PipeSP(
             mesh.lines,
@@ -250,7 +293,7 @@ class ParallelRuntime:
             record=self.record,
         )
 
-    def _kernel(self, mesh: _Mesh, text_tokens: int) -> Kernel:
+    def _kernel(self, mesh: Mesh, text_tokens: int) -> Kernel:
         if mesh.ring.size == 1:
             return attention
         degree = mesh.config.ulysses_degree
@@ -261,10 +304,13 @@ class ParallelRuntime:
         )
         return lambda query, key, value, mask: ring(query, key, value, text_tokens=text_tokens, mask=mask)
 
-    def _agree(self, mesh: _Mesh, seconds: Sequence[float]) -> list[float]:
-        """The slowest rank's times."""
+    def _agree(self, mesh: Mesh, seconds: Sequence[float]) -> list[float]:
+        """The slowest rank's times. A helper's would count what denoisers do between attentions; what it takes itself
+        is in theirs, since they wait for its results."""
+        if mesh.place is None:
+            seconds = [0.0] * len(seconds)
         values = torch.tensor(seconds, dtype=torch.float64, device=self._device)
-        return [float(value) for value in mesh.rows.max(values)]
+        return [float(value) for value in mesh.everybody.max(values)]
 
 
 def _alone(call: Call) -> Result:
