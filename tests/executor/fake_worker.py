@@ -1,6 +1,7 @@
 """A worker process without a model or torch, which misbehaves when asked to.
 
-The model's name says what happens at the start, the prompt what happens at step 1: "RANK DEED", or nothing at all.
+The model's name says what happens at the start, the prompt what happens at step 1, or when it shall fetch something:
+"RANK DEED", or nothing at all.
 """
 
 import os
@@ -49,10 +50,14 @@ class FakeWorker:
                 span = self._span(request_id, "step", command.step)
                 return messages.StepDone(request_id=request_id, rank=rank, step=command.step, spans=(span,))
             case messages.Decode():
+                if command.latents_at is not None:
+                    self._misbehave(self._prompts[request_id])
                 frames = np.full((4, 16, 16, 3), command.chunk, np.uint8) if rank == command.ranks[0] else None
                 return messages.ChunkDecoded(request_id=request_id, rank=rank, chunk=command.chunk, frames=frames)
         del self._prompts[request_id]
         return messages.Released(request_id=request_id, rank=rank)
+
+    def close(self) -> None: ...
 
     def _span(self, request_id: str, what: str, index: int | None) -> Span:
         now_s = time.perf_counter()
@@ -84,6 +89,9 @@ def _do(deed: str) -> None:
             _fail()
         case "fail unportably":
             raise UnportableError
+        case _ if deed.startswith("kill "):
+            os.kill(int(deed.removeprefix("kill ")), signal.SIGKILL)
+            _fail()
 
 
 def _fail() -> NoReturn:

@@ -65,11 +65,13 @@ def call(executor: LinkedExecutor, command: messages.Command) -> list[messages.E
 
 def begin(executor: LinkedExecutor, prompt: str, ranks: Sequence[int] = BOTH) -> None:
     """Up to before step 1, in which the fake workers do what the prompt says."""
-    call(executor, messages.Encode(request_id="a", ranks=tuple(ranks), request=VideoRequest(prompt=prompt)))
-    call(executor, messages.Denoise(request_id="a", ranks=tuple(ranks), step=0))
+    request = VideoRequest(prompt=prompt)
+    call(executor, messages.Encode(request_id="a", ranks=tuple(ranks), request=request))
+    call(executor, messages.Denoise(request_id="a", ranks=tuple(ranks), request=request, step=0))
 
 
-STEP_1 = messages.Denoise(request_id="a", ranks=BOTH, step=1)
+ANY = VideoRequest(prompt="")  # what the fake workers do was said when they encoded
+STEP_1 = messages.Denoise(request_id="a", ranks=BOTH, request=ANY, step=1)
 
 
 def is_alive(pid: int) -> bool:

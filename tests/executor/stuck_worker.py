@@ -7,6 +7,7 @@ import torch
 
 from pipedit.core import messages
 from pipedit.core.spans import Span
+from pipedit.parallel.groups import channel_opener
 from pipedit.worker.group import join_group
 from pipedit.worker.process import run_process
 from pipedit.worker.service import WorkerSpec
@@ -17,8 +18,8 @@ class StuckWorker:
         self._rank = spec.rank
         self._prompt = ""
         assert spec.rendezvous is not None
-        join_group(spec.rendezvous, rank=spec.rank, device="cpu")
-        torch.distributed.barrier()
+        store = join_group(spec.rendezvous, device="cpu")
+        self._channel = channel_opener(store, rank=spec.rank, device="cpu")("stuck", (0, 1))
 
     def load(self) -> tuple[Span, ...]:
         return ()
@@ -30,11 +31,13 @@ class StuckWorker:
         assert isinstance(command, messages.Denoise)
         if command.step == 1:
             if self._rank == 1:
-                torch.distributed.recv(torch.empty(1), src=0)
+                self._channel.swap([None, None], [torch.empty(1), None]).wait()
             if self._prompt == "0 hang":
                 time.sleep(60.0)
             raise RuntimeError("no luck")
         return messages.StepDone(request_id=command.request_id, rank=self._rank, step=command.step)
+
+    def close(self) -> None: ...
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Ranks that a launcher has started: they find each other, serve, and end together."""
 
+import collections
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -9,19 +11,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pipedit.core.errors import InvalidRequestError
+from pipedit.core.errors import InvalidRequestError, WorkerError
+from pipedit.core.placement import Placement
 from pipedit.engine.engine import Engine
-from pipedit.executor.greeting import NotAuthenticError, admit, introduce
-from pipedit.executor.launched import Launch, find_launch
-from pipedit.worker.group import Rendezvous, interface_of, join_group, leave_group
+from pipedit.executor.launched import Hello, Launch, LaunchedExecutor, find_launch
+from pipedit.worker.greeting import NotAuthenticError, admit, introduce
+from pipedit.worker.group import Rendezvous, interface_of, join_group
 from tests import tiny_pipelines
-from tests.executor.stand_ins import await_that, is_alive
+from tests.executor.stand_ins import SETTINGS, await_that, is_alive
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -141,6 +146,87 @@ def test_workers_meet_where_the_name_of_the_machine_means_nothing() -> None:
     assert done.returncode == 0, done.stderr
 
 
+class StandInStore:
+    """What the ranks of a launcher tell each other, in this process."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+        self._counts: collections.Counter[str] = collections.Counter()
+        self.was_set = threading.Event()
+
+    def add(self, name: str, amount: int) -> int:
+        self._counts[name] += amount
+        return self._counts[name]
+
+    def set(self, name: str, value: str) -> None:
+        self._values[name] = value
+        self.was_set.set()
+
+    @property
+    def announcement(self) -> dict[str, Any]:
+        assert self.was_set.wait(5.0)
+        found: dict[str, Any] = json.loads(*self._values.values())
+        return found
+
+
+def call_in(store: StandInStore, ranks: Sequence[int], ends: list[socket.socket]) -> None:
+    """Comes to the door once for each rank."""
+    said = store.announcement
+    for rank in ranks:
+        ends.append(end := socket.create_connection((said["host"], said["port"]), timeout=5.0))
+        introduce(end, bytes.fromhex(said["key"]), 5.0)
+        with Connection(os.dup(end.fileno())) as connection:
+            connection.send(Hello(rank=rank, gpu=0))
+
+
+def let_in(*ranks: int) -> list[int]:
+    """The ranks that rank 0 of three has let in, when these have called."""
+    launch = Launch(rank=0, world_size=3, local_rank=0, local_world_size=3, address="127.0.0.1")
+    executor = LaunchedExecutor(launch=launch, model="", settings=SETTINGS, placement=Placement.colocated(3))
+    executor._store = StandInStore()
+    ends: list[socket.socket] = []
+    caller = threading.Thread(target=call_in, args=(executor._store, ranks, ends))
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as door:
+            caller.start()
+            links = executor._let_in(door, time.monotonic() + 5.0)
+            for link in links:
+                link.close()
+        return [link.rank for link in links]
+    finally:
+        caller.join(10.0)
+        for end in ends:
+            end.close()
+
+
+def test_every_rank_is_let_in_once() -> None:
+    assert let_in(2, 1) == [1, 2]
+    with pytest.raises(WorkerError, match="two processes have joined with RANK=1; the launcher must"):
+        let_in(1, 1)
+    for rank in (0, 3):
+        with pytest.raises(WorkerError, match=f"RANK={rank}, which is not one of 1 to 2"):
+            let_in(rank)
+
+
+GONE_BEFORE_HELLO = """
+import socket
+from pipedit.executor import launched
+
+here, there = socket.socketpair()
+there.close()
+launched._find_controller = lambda launch, deadline_s: here
+launched._gpu_of = lambda launch: 0
+launched.HangUpWatch.start = lambda watch: None  # so late that it has noticed nothing yet
+launched.HangUpWatch.end = lambda watch: None
+launched.follow(launched.Launch(rank=1, world_size=2, local_rank=1, local_world_size=2, address="127.0.0.1"))
+"""
+
+
+def test_a_rank_whose_controller_is_gone_before_it_has_said_hello_ends_as_any_other() -> None:
+    done = subprocess.run([sys.executable, "-c", GONE_BEFORE_HELLO], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "Traceback" in done.stderr) == (3, False), done.stderr
+
+
 def test_an_interface_that_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
     with socket.create_server(("127.0.0.1", 0)) as store:
@@ -153,8 +239,7 @@ def test_an_interface_that_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatc
             listening=store.detach(),  # torch closes it
         )
         with pytest.raises(RuntimeError, match="no-such-interface"):
-            join_group(rendezvous, rank=0, device="cpu")
-    leave_group()
+            join_group(rendezvous, device="cpu")
 
 
 # -- with workers that need no model --------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from pipedit.engine.engine import Engine
 from pipedit.engine.updates import Failed, Finished, Progress
 from pipedit.executor.local_processes import ProcessLink, worker_environment
 from tests.executor.stand_ins import (
+    ANY,
     BOTH,
     START_S,
     STEP_1,
@@ -42,7 +43,7 @@ def test_every_rank_answers_and_the_first_one_has_the_frames() -> None:
         steps = call(executor, STEP_1)
         assert sorted(event.rank for event in steps) == [0, 1]
         assert all(isinstance(event, messages.StepDone) and event.spans for event in steps)
-        chunks = call(executor, messages.Decode(request_id="a", ranks=BOTH, chunk=3))
+        chunks = call(executor, messages.Decode(request_id="a", ranks=BOTH, request=ANY, chunk=3))
         frames = {event.rank: event.frames for event in chunks if isinstance(event, messages.ChunkDecoded)}
         assert frames[1] is None
         assert frames[0] is not None
@@ -132,8 +133,29 @@ def test_a_failed_command_is_an_event_and_everything_lives_on() -> None:
         assert "RuntimeError: no luck" in str(failed.error)
         assert "fake_worker.py" in failed.error.__notes__[0], "the traceback travels as a note"
         assert isinstance(done, messages.StepDone)
-        assert len(call(executor, messages.Denoise(request_id="a", ranks=BOTH, step=2))) == 2
+        assert len(call(executor, messages.Denoise(request_id="a", ranks=BOTH, request=ANY, step=2))) == 2
         assert executor.pids == pids
+
+
+FETCH = messages.Decode(request_id="a", ranks=(1,), request=ANY, chunk=0, latents_at=0)
+
+
+def test_a_rank_that_cannot_fetch_because_the_other_is_dead_is_not_the_one_to_blame() -> None:
+    executor = fake_executor()
+    executor.start(START_S)
+    begin(executor, f"1 kill {executor.pids[0]}")
+    with pytest.raises(WorkerDiedError, match="worker 0 died while it was waiting for work"):
+        call(executor, FETCH)
+
+
+def test_a_rank_that_cannot_fetch_from_one_that_lives_has_failed_itself() -> None:
+    with started(fake_executor()) as executor:
+        begin(executor, "1 fail")
+        start_s = time.monotonic()
+        (failed,) = call(executor, FETCH)
+        assert time.monotonic() - start_s < 1.0, "nobody waits for others to answer"
+        assert isinstance(failed, messages.CommandFailed)
+        assert (failed.rank, failed.doing) == (1, "decoding")
 
 
 def test_an_error_that_cannot_be_sent_comes_as_text() -> None:

@@ -18,7 +18,7 @@ from pipedit.core.parallel import ParallelConfig
 from pipedit.engine.engine import Engine
 from pipedit.engine.updates import Failed, Finished
 from pipedit.executor.local_processes import LocalProcessExecutor
-from pipedit.plan.scheduler import Work
+from pipedit.plan.jobs import Work
 from tests import tiny_pipelines
 from tests.executor.stand_ins import (
     START_S,

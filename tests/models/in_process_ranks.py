@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pipedit.core.shares import ranges, split_evenly
 from pipedit.models.adapter import one_after_the_other
 from pipedit.models.sequence import AttentionCall
-from pipedit.parallel.splits import ranges, split_evenly
 
 WAIT_S = 20.0
 

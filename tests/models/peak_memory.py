@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipedit.parallel.splits import split_evenly
+from pipedit.core.shares import split_evenly
 
 
 class _Allocations(TorchDispatchMode):
@@ -71,8 +71,8 @@ class AbsentGroup:
     def begin(self) -> None:
         pass
 
-    def shares(self, total: int) -> tuple[int, ...]:
-        return split_evenly(total, self.size)
+    def shares(self, total: int, members: int) -> tuple[int, ...]:
+        return (*split_evenly(total, members), *[0] * (self.size - members))
 
     def with_edges(self, tensors: Sequence[torch.Tensor], members: int) -> list[torch.Tensor]:
         neighbours = [self.index > 0, True, self.index + 1 < members]

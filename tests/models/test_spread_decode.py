@@ -19,6 +19,7 @@ from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import ModelAdapter
 from pipedit.models.registry import open_model
 from pipedit.models.tiles import Tiling, deal
+from pipedit.models.wan.slabs import LEAST_ROWS, num_slabs
 from pipedit.parallel.rows import ChannelRows
 from tests.models.parity import joined, make_request
 from tests.parallel.thread_ranks import run_on_threads
@@ -58,6 +59,12 @@ def values_not_levels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"pipedit.models.{family}.decode.to_frames", lambda video: values(video).numpy())
 
 
+@pytest.fixture
+def slabs_of_any_height(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are shared down to a row for each rank, though that would not pay."""
+    monkeypatch.setattr("pipedit.models.wan.slabs.LEAST_ROWS", 1)
+
+
 def load(adapter: ModelAdapter, *, tiling: bool = False, dtype: str = "float32") -> Any:
     precision = dataclasses.replace(adapter.default_precision("cpu"), vae=dtype)
     stage: Any = adapter.load_decode_stage("cpu", precision, tiling=tiling)
@@ -65,12 +72,14 @@ def load(adapter: ModelAdapter, *, tiling: bool = False, dtype: str = "float32")
     return stage
 
 
-def decode(stage: Any, adapter: ModelAdapter, request: VideoRequest, decoders: int = 1) -> list[Array | None]:
+def decode(
+    stage: Any, adapter: ModelAdapter, request: VideoRequest, group: ChannelRows | None = None
+) -> list[Array | None]:
     """Chunks of a video of random latents. A second video is decoded in turns, which must not disturb the first."""
     latents = torch.randn(adapter.latent_shape(request), generator=torch.Generator().manual_seed(0))
-    state, other = stage.begin(request, latents), stage.begin(request, latents.flip(2))
+    state, other = stage.begin(request, latents, group), stage.begin(request, latents.flip(2), group)
     chunks = []
-    for index in range(adapter.num_decode_chunks(request, decoders)):
+    for index in range(adapter.num_decode_chunks(request, 1 if group is None else group.size)):
         chunks.append(stage.chunk(state, index))
         stage.chunk(other, index)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in stage.vae.modules())
@@ -95,8 +104,8 @@ def spread(
     stages = [load(adapter, tiling=tiling, dtype=dtype) for _ in range(size)]
 
     def run(group: ChannelRows) -> list[Array | None]:
-        stages[group.index].attach(group)
-        return decode(stages[group.index], adapter, request, size)
+        group.begin()
+        return decode(stages[group.index], adapter, request, group)
 
     first, *others = run_on_threads(size, run, kind_of_group)
     assert {chunk is None for chunks in others for chunk in chunks} == {True}
@@ -110,7 +119,7 @@ PICTURES = {
 }
 
 
-@pytest.mark.usefixtures("values_not_levels")
+@pytest.mark.usefixtures("values_not_levels", "slabs_of_any_height")
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("kind", ["wan", "wan_ti2v"])
 def test_slabs_of_rows_equal_the_whole_picture(kind: str, size: int, tiny_folder: Folder) -> None:
@@ -126,6 +135,7 @@ def test_slabs_of_rows_equal_the_whole_picture(kind: str, size: int, tiny_folder
         assert np.abs(slabs - truth).max() < 1e-5 + 2 * np.abs(whole - truth).max() < 1e-3
 
 
+@pytest.mark.usefixtures("slabs_of_any_height")
 @pytest.mark.parametrize("kind", ["wan", "wan_ti2v"])
 def test_frames_of_slabs_differ_by_one_level_at_most(kind: str, tiny_folder: Folder) -> None:
     adapter = open_model(str(tiny_folder(kind)))
@@ -137,7 +147,7 @@ def test_frames_of_slabs_differ_by_one_level_at_most(kind: str, tiny_folder: Fol
         assert np.abs(whole.astype(int) - slabs).max() <= 1
 
 
-@pytest.mark.usefixtures("values_not_levels")
+@pytest.mark.usefixtures("values_not_levels", "slabs_of_any_height")
 @pytest.mark.parametrize("control", [WithoutNeighbours, WithoutOtherKeys])
 @pytest.mark.parametrize("kind", ["wan", "wan_ti2v"])
 def test_slabs_that_do_not_know_of_each_other_are_another_picture(
@@ -147,6 +157,28 @@ def test_slabs_that_do_not_know_of_each_other_are_another_picture(
     request = make_request(adapter, kind)
     whole, slabs = alone(adapter, request), spread(adapter, request, 2, kind_of_group=control)
     assert np.abs(whole - slabs).max() > 1e-2
+
+
+class Unasked(ChannelRows):
+    """Ranks that share nothing ask nothing of each other."""
+
+    def with_edges(self, tensors: Sequence[torch.Tensor], members: int) -> list[torch.Tensor]:
+        raise AssertionError("edges are of no use to who has all rows")
+
+    gather_rows = gather_all = with_edges  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", ["wan", "wan_ti2v"])
+def test_pictures_of_few_rows_are_decoded_by_the_first_rank(kind: str, tiny_folder: Folder) -> None:
+    """Frames come out bit by bit as from one rank; one row more, and they are shared."""
+    adapter = open_model(str(tiny_folder(kind)))
+    per_row = 16 if kind == "wan_ti2v" else 8
+    rows_of_two = 2 * LEAST_ROWS
+    small = make_request(adapter, kind, height=(rows_of_two - 2) * per_row)
+    assert np.array_equal(alone(adapter, small), spread(adapter, small, 2, kind_of_group=Unasked))
+    large = make_request(adapter, kind, height=rows_of_two * per_row)
+    with pytest.raises(AssertionError, match="edges are of no use"):
+        spread(adapter, large, 2, kind_of_group=Unasked)
 
 
 @pytest.mark.usefixtures("values_not_levels")
@@ -190,6 +222,29 @@ def test_work_is_dealt_out_evenly(weights: list[int], parts: int) -> None:
     assert weights[owners.index(0)] <= max(weights) == max(w for w, o in zip(weights, owners, strict=True) if o == 0)
     if len(weights) >= parts:
         assert min(sums) > 0
+
+
+@given(rows=st.integers(1, 500), ranks=st.integers(1, 64))
+def test_slabs_are_as_many_as_pay(rows: int, ranks: int) -> None:
+    slabs = num_slabs(rows, ranks)
+    assert 1 <= slabs <= ranks
+    assert slabs == 1 or rows // slabs >= LEAST_ROWS
+    assert slabs == ranks or rows // (slabs + 1) < LEAST_ROWS
+
+
+def test_slabs_of_usual_pictures() -> None:
+    """Latent rows of 64 and 96 pixels; of 480p and 720p by Wan 2.1's VAE, and of 704 pixels by TI2V's."""
+    assert [num_slabs(rows, 2) for rows in (8, 12, 60)] == [1, 2, 2]
+    assert [num_slabs(rows, 8) for rows in (60, 90, 44)] == [8, 8, 7]
+
+
+def test_small_pictures_cost_the_first_rank_what_they_cost_alone(tiny_folder: Folder) -> None:
+    adapter = open_model(str(tiny_folder("wan")))
+    precision = adapter.default_precision("cpu")
+    for height, is_shared in ((64, False), (256, True)):
+        request = make_request(adapter, "wan", height=height)
+        one, two = (adapter.cost(request, precision, decoders=n).parts["vae"].working for n in (1, 2))
+        assert (two < one) if is_shared else (two == one)
 
 
 def test_hunyuan_video_decodes_in_rounds(tiny_folder: Folder) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipedit.worker.device import _group_rooms, available_bytes, device_problems
+from pipedit.worker.device import _group_rooms, _peak_resident, available_bytes, device_problems, peak_bytes
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,14 @@ def test_limits_of_control_groups_version_1(tmp_path: Path) -> None:
     }
     write(tmp_path / "sys" / "fs" / "cgroup" / "memory", **files)
     assert list(_group_rooms(tmp_path)) == [700]
+
+
+def test_the_peak_of_memory_is_read_where_the_system_tells_it(tmp_path: Path) -> None:
+    status = tmp_path / "status"
+    status.write_text("VmPeak:\t  900 kB\nVmHWM:\t     123 kB\nVmRSS:\t 100 kB\n")
+    assert _peak_resident(status) == 123 * 1024
+    elsewhere = _peak_resident(tmp_path / "no such file")
+    assert elsewhere > 0.9 * peak_bytes("cpu") > 2**20
 
 
 def test_a_limit_makes_less_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,8 @@ class InProcessExecutor:
             raise
 
     def stop(self, timeout_s: float) -> None:
+        if self._worker is not None:
+            self._worker.close()
         self._worker = None
         self._waiting.clear()
         self._interrupted.clear()

@@ -23,9 +23,9 @@ from typing import Any
 
 from pipedit.core.errors import InvalidRequestError, PipeditError, WorkerError
 from pipedit.core.placement import Placement
-from pipedit.executor.greeting import KEY_BYTES, NotAuthenticError, admit, introduce, keep_watched
 from pipedit.executor.links import GRACE_S, Link, LinkedExecutor
 from pipedit.executor.local_processes import LOOPBACK, WORKER_PROGRAM, ProcessLink, worker_environment
+from pipedit.worker.greeting import KEY_BYTES, NotAuthenticError, admit, introduce, keep_watched
 from pipedit.worker.group import Rendezvous
 from pipedit.worker.process import HangUpWatch, end_abandoned
 from pipedit.worker.service import STARTING, AskClock, Build, WorkerSpec, build_worker, serve
@@ -135,6 +135,7 @@ class LaunchedExecutor(LinkedExecutor):
         self._model, self._settings, self._placement = model, settings, placement
         self._was_started = False
         self._store: Any = None
+        self._key = secrets.token_bytes(KEY_BYTES)
 
     def _open_links(self, deadline_s: float) -> None:
         if self._was_started:
@@ -157,8 +158,8 @@ class LaunchedExecutor(LinkedExecutor):
 
     def _let_in(self, door: socket.socket, deadline_s: float) -> list[FollowerLink]:
         """Announces the door, and waits until every other rank has come in."""
-        key = secrets.token_bytes(KEY_BYTES)
-        announcement = {"host": self._launch.meeting_address, "port": door.getsockname()[1], "key": key.hex()}
+        address, port = self._launch.meeting_address, door.getsockname()[1]
+        announcement = {"host": address, "port": port, "key": self._key.hex()}
         self._store.set(_next_announcement(self._store, 0), json.dumps(announcement))
         came: dict[int, FollowerLink] = {}
         with contextlib.ExitStack() as unless_all_came:
@@ -168,8 +169,10 @@ class LaunchedExecutor(LinkedExecutor):
                     end, _ = door.accept()
                 except TimeoutError:
                     raise _not_joined([r for r in range(1, self._launch.world_size) if r not in came]) from None
-                if (link := _greet(end, key, is_far=not self._launch.is_one_machine)) is not None:
+                if (link := _greet(end, self._key, is_far=not self._launch.is_one_machine)) is not None:
                     unless_all_came.callback(link.close)
+                    if link.rank in came or not 0 < link.rank < self._launch.world_size:
+                        raise _not_expected(link.rank, self._launch.world_size)
                     came[link.rank] = link
             unless_all_came.pop_all()
         return [came[rank] for rank in sorted(came)]
@@ -178,10 +181,13 @@ class LaunchedExecutor(LinkedExecutor):
         self, link: Link, followers: Sequence[FollowerLink], store: socket.socket, deadline_s: float
     ) -> WorkerSpec:
         """Addresses are those over which the ranks have met: they are known to work."""
+        ours = min((follower.here for follower in followers), key=_is_loopback)
         if isinstance(link, FollowerLink):
             host, own, gpu = link.here, link.there, link.gpu
+            if _is_loopback(own):  # on this machine, which others reach by another address, if there are any
+                own = ours
         else:
-            host = own = min((follower.here for follower in followers), key=_is_loopback)
+            host = own = ours
             gpu = _gpu_of(self._launch)
         is_cuda = self._settings.device.startswith("cuda")
         knows_own = self._launch.is_one_machine or not _is_loopback(own)
@@ -198,6 +204,7 @@ class LaunchedExecutor(LinkedExecutor):
                 timeout_s=max(deadline_s - time.monotonic(), 1.0),
                 listening=store.fileno() if link.rank == 0 else None,
             ),
+            key=self._key,
         )
 
 
@@ -219,6 +226,19 @@ def _greet(end: socket.socket, key: bytes, *, is_far: bool) -> FollowerLink | No
     return link
 
 
+def _not_expected(rank: int, world_size: int) -> WorkerError:
+    """For a caller who knows the key of this run, but whose rank is here already, or is none of the others'."""
+    if 0 < rank < world_size:
+        problem = f"two processes have joined with RANK={rank}"
+    else:
+        problem = f"a process has joined with RANK={rank}, which is not one of 1 to {world_size - 1}"
+    return WorkerError(
+        f"{problem}; the launcher must give each of the {world_size} processes a RANK of its own",
+        rank=rank,
+        doing=STARTING,
+    )
+
+
 def _not_joined(ranks: Sequence[int]) -> WorkerError:
     named = "rank" if len(ranks) == 1 else "ranks"
     return WorkerError(
@@ -238,9 +258,10 @@ def follow(launch: Launch, *, build: Build = build_worker, timeout_s: float = JO
     end = _find_controller(launch, time.monotonic() + timeout_s)
     watch = HangUpWatch(end.fileno())
     with contextlib.closing(end), Connection(os.dup(end.fileno())) as link, _ignoring_interrupts():
-        link.send(Hello(rank=launch.rank, gpu=_gpu_of(launch)))
+        hello = Hello(rank=launch.rank, gpu=_gpu_of(launch))
         watch.start()
         try:
+            link.send(hello)
             has_started = serve(link, build)
         except (EOFError, ConnectionError):
             end_abandoned()

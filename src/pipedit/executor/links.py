@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from pipedit.core.errors import WorkerDiedError, WorkerError
-from pipedit.core.messages import Command, CommandFailed, Decode, Denoise, Event
+from pipedit.core.messages import Command, CommandFailed, Decode, Denoise, Event, Exchanging
 from pipedit.core.spans import Span
 from pipedit.worker.failures import doing
 from pipedit.worker.service import STARTING, Ready, StartFailed, Stop
@@ -27,7 +27,7 @@ GRACE_S = 5.0  # how long the other ranks of a command may stay silent after one
 _LOOK_S = 1.0  # how often to look after processes whose connection somebody else may hold open
 _EXIT_S = 2.0  # from the end of a connection to the end of its process
 _TERM_S = 1.0
-_EXCHANGING = (Denoise, Decode)  # in these, ranks wait for each other
+_GLANCE_S = 0.2  # how long a death may take to show after somebody else has felt it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,8 +225,12 @@ class LinkedExecutor(abc.ABC):
         if event.spans:
             self._last_spans[link.rank] = event.spans[-1]
         command, request_id = self._in_flight.pop(link.rank), event.request_id
-        if isinstance(event, CommandFailed) and isinstance(command, _EXCHANGING) and request_id not in self._failing:
+        if isinstance(event, CommandFailed) and isinstance(command, Exchanging) and request_id not in self._failing:
             self._failing[request_id] = _Failing(until_s=time.monotonic() + self._grace_s)
+            source = _fetched_from(command)
+            if source is not None and source != link.rank and self._links[source].wait(_GLANCE_S):
+                self._bury(self._links[source])
+                return ()
         if request_id not in self._failing:
             return (event,)
         self._failing[request_id].held.append(event)
@@ -277,6 +281,16 @@ class LinkedExecutor(abc.ABC):
 
     def _end(self, polite_s: float) -> None:
         _end_links(self._links, polite_s)
+
+
+def _fetched_from(command: Exchanging) -> int | None:
+    """The rank that the command's ranks fetch from when they begin; it takes no part in the command itself."""
+    match command:
+        case Denoise(step=0):
+            return command.conditioning_at
+        case Decode(chunk=0):
+            return command.latents_at
+    return None
 
 
 def not_ready(links: Sequence[Link], timeout_s: float) -> WorkerError:

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import os
+import secrets
 import signal
 import site
 import socket
@@ -18,6 +19,7 @@ from pipedit.core.errors import WorkerError
 from pipedit.core.placement import Placement
 from pipedit.executor.links import GRACE_S, Link, LinkedExecutor
 from pipedit.worker.device import worker_devices
+from pipedit.worker.greeting import KEY_BYTES
 from pipedit.worker.group import Rendezvous
 from pipedit.worker.machine import usable_cores
 from pipedit.worker.service import STARTING, WorkerSpec
@@ -32,7 +34,8 @@ _LINE_BYTES = 65536
 
 
 class LocalProcessExecutor(LinkedExecutor):
-    """Starts a process for each rank of `placement` and joins them by torch.distributed: gloo on the CPU, NCCL on CUDA.
+    """Starts a process for each rank of `placement`, which meet by torch.distributed's store: they exchange tensors by
+    gloo on the CPU, by NCCL on CUDA.
 
     On the CPU the workers share the cores that this process may use, unless OMP_NUM_THREADS is set already. With CUDA
     each gets the device of its rank. After a WorkerDiedError, `start` makes fresh processes.
@@ -63,7 +66,7 @@ class LocalProcessExecutor(LinkedExecutor):
     def _open_links(self, deadline_s: float) -> None:
         world_size = len(self._placement.world)
         devices = worker_devices(self._settings.device, world_size)
-        environment = worker_environment(world_size)
+        environment, key = worker_environment(world_size), secrets.token_bytes(KEY_BYTES)
         with socket.create_server((LOOPBACK, 0), backlog=world_size) as store:
             for rank in self._placement.world:
                 files = (store.fileno(),) if rank == 0 else ()
@@ -83,6 +86,7 @@ class LocalProcessExecutor(LinkedExecutor):
                     rank=link.rank,
                     placement=self._placement,
                     rendezvous=rendezvous if world_size > 1 else None,
+                    key=key,
                 )
                 link.send(spec)
 

@@ -24,6 +24,7 @@ from pipedit.plan.costs import RequestCost
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from torch import nn
 
     from pipedit.models.rows import RowGroup
 
@@ -50,6 +51,21 @@ class AttentionSite:
     head_dim: int
     query_key_norm: QueryKeyNorm
     joint_text: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionForward:
+    """The self-attentions of one forward pass, `sites` of them with the same shape: what ranks need to know that take
+    heads of them without running the model. `dtype` by its name in torch; `text_tokens` are those in the same
+    attention as the latents."""
+
+    sites: int
+    batch: int
+    heads: int
+    head_dim: int
+    latent_tokens: int
+    text_tokens: int
+    dtype: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,13 +144,34 @@ def one_after_the_other(predictions: Sequence[Callable[[], "torch.Tensor"]]) -> 
 
 
 class TextStage(Protocol):
-    """Prompt -> conditioning tensors. The dictionary's keys are the adapter's own business."""
+    """Prompt -> conditioning tensors. The dictionary's keys are the adapter's own business. It computes where the
+    weights of its modules are."""
+
+    @property
+    def modules(self) -> "Sequence[nn.Module]":
+        """Everything that holds weights."""
 
     def encode(self, request: VideoRequest) -> dict[str, "torch.Tensor"]: ...
 
+    def joint_tokens(self, conditioning: Mapping[str, "torch.Tensor"]) -> tuple[int, ...]:
+        """For each forward pass of a step, the text tokens that take part in self-attention: 0 where the text is
+        cross-attended."""
+
 
 class DenoiseStage(Protocol):
-    """Noise -> clean latents, one step at a time. The state belongs to one request."""
+    """Noise -> clean latents, one step at a time. The state belongs to one request.
+
+    `device`: where it computes; set by whoever moves the weights.
+    """
+
+    device: str
+
+    @property
+    def modules(self) -> "Sequence[nn.Module]":
+        """Everything that holds weights."""
+
+    def modules_of_step(self, state: Any, index: int) -> "Sequence[nn.Module]":
+        """Those whose weights the step needs."""
 
     def begin(self, request: VideoRequest, conditioning: dict[str, "torch.Tensor"]) -> Any:
         """Draws the whole noise from the request's seed on the CPU and prepares the noise scheduler."""
@@ -153,13 +190,20 @@ class DenoiseStage(Protocol):
 
 
 class DecodeStage(Protocol):
-    """Clean latents -> frames, chunk by chunk in order. The state belongs to one request."""
+    """Clean latents -> frames, chunk by chunk in order. The state belongs to one request.
 
-    def attach(self, group: "RowGroup") -> None:
-        """Shares the work with other ranks, from the next request on. Each of them has the whole latents and is asked
-        for the same chunks in the same order."""
+    `device`: as in DenoiseStage.
+    """
 
-    def begin(self, request: VideoRequest, latents: "torch.Tensor") -> Any: ...
+    device: str
+
+    @property
+    def modules(self) -> "Sequence[nn.Module]":
+        """Everything that holds weights."""
+
+    def begin(self, request: VideoRequest, latents: "torch.Tensor", group: "RowGroup | None" = None) -> Any:
+        """With a group of several ranks, they share the work on this request: each of them has the whole latents, has
+        begun the group, and is asked for the same chunks in the same order."""
 
     def chunk(self, state: Any, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
         """Frames of chunk `index`, [frames, height, width, 3] uint8. In a group, None on all ranks but the first."""
@@ -246,6 +290,26 @@ class ModelAdapter(abc.ABC):
     def heads(self) -> int:
         """Attention heads that ranks can deal out among themselves: the same at every site."""
         return self.attention_sites()[0].heads
+
+    def attention_forwards(
+        self, request: VideoRequest, precision: Precision, text_tokens: Sequence[int]
+    ) -> tuple[AttentionForward, ...]:
+        """The forward passes of one step of the completed request, in order. `text_tokens`: for each of them, what
+        `TextStage.joint_tokens` says."""
+        sites = self.attention_sites()
+        assert len({(site.heads, site.head_dim) for site in sites}) == 1, "all sites have the same shape"
+        return tuple(
+            AttentionForward(
+                sites=len(sites),
+                batch=1,
+                heads=sites[0].heads,
+                head_dim=sites[0].head_dim,
+                latent_tokens=self.token_layout(request).latent_tokens,
+                text_tokens=tokens,
+                dtype=precision.transformer,
+            )
+            for tokens in text_tokens
+        )
 
     @abc.abstractmethod
     def layer_split(self) -> LayerSplit: ...

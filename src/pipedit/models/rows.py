@@ -26,9 +26,9 @@ class RowGroup(Protocol):
     def begin(self) -> None:
         """Before the first picture of a video. All ranks of the group call it."""
 
-    def shares(self, total: int) -> tuple[int, ...]:
-        """How many of `total` rows each rank takes. They differ by at most one, the first ones are larger; the last
-        are 0 where there are fewer rows than ranks."""
+    def shares(self, total: int, members: int) -> tuple[int, ...]:
+        """How many of `total` rows each rank takes, where the first `members` ranks take any. They differ by at most
+        one, the first ones are larger; the last are 0 where there are fewer rows than members."""
 
     def with_edges(self, tensors: Sequence["torch.Tensor"], members: int) -> list["torch.Tensor"]:
         """Each tensor [..., rows, columns] with the nearest row of the rank above put on top and that of the rank

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipedit.core.request import MAX_SEED, VideoRequest
-from pipedit.models.adapter import ModelAdapter
+from pipedit.models.adapter import ModelAdapter, SizeRules
 from pipedit.models.noise_schedulers import ignores_flow_shift, most_steps
 
 _COUNTS = ("num_inference_steps", "max_sequence_length")
@@ -22,7 +22,7 @@ def check_request(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
     sound = _without(request, _unusable(request))
     return [
         *check_values(request),
-        *_size_problems(sound, adapter),
+        *size_problems(sound, adapter.size_rules),
         *_schedule_problems(sound, adapter),
         *_length_problems(sound, adapter),
         *adapter.extra_problems(sound),
@@ -91,8 +91,9 @@ def _without(request: VideoRequest, fields: Iterable[str]) -> VideoRequest:
     return dataclasses.replace(request, **opened)
 
 
-def _size_problems(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
-    rules, problems = adapter.size_rules, []
+def size_problems(request: VideoRequest, rules: SizeRules) -> list[str]:
+    """Sizes that the model cannot make, with the nearest that it can. Open fields are passed over."""
+    problems = []
     frames, step = request.num_frames, rules.frame_step
     if frames is not None and (frames < 1 or (frames - 1) % step):
         near = _nearest_text(frames - 1, step, 0, 1)

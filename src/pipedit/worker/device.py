@@ -1,6 +1,8 @@
-"""Devices as a worker sees them: which there are, which data types they run, how much memory is free."""
+"""Devices as a worker sees them: which there are, which data types they run, how much memory is free and was used."""
 
 import re
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +87,25 @@ def available_bytes(device: str) -> int:
     # What torch's allocator keeps for later is as good as free for us.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(free + kept)
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory that this process has held so far, on the device (for the CPU: resident)."""
+    if device == "cpu":
+        return _peak_resident(Path("/proc/self/status"))
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(device))
+
+
+def _peak_resident(status: Path) -> int:
+    # Linux' getrusage also counts what the process that started this one held at that moment.
+    if status.is_file():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def _group_rooms(root: Path) -> Iterator[int]:

@@ -1,22 +1,20 @@
-"""How the ranks of a run find each other: one torch.distributed process group. Knows no commands and no models."""
+"""How the ranks of a run find each other: over one store of torch.distributed. Knows no commands and no models."""
 
 import dataclasses
 import datetime
 import ipaddress
 import os
 import socket
-import sys
+from typing import Any
 
 import psutil
 
-# A dead rank is noticed by whoever started it, at once. This is for ranks that wait for each other by mistake.
-_GROUP_TIMEOUT = datetime.timedelta(minutes=10)
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rendezvous:
-    """Where the store of the process group is, and which of this rank's addresses the other ranks reach (None: not
+    """Where the store of the run is, and which of this rank's addresses the other ranks reach (None: not
     known, so that torch has to guess).
 
     The store belongs to rank 0, which gets it as `listening`: the number of an open file, a socket that listens on
@@ -31,9 +29,10 @@ class Rendezvous:
     listening: int | None = None
 
 
-def join_group(rendezvous: Rendezvous, *, rank: int, device: str) -> None:
-    """Initialises torch.distributed; every rank calls it, and it waits for all of them. gloo for tensors on the CPU,
-    and NCCL for those on CUDA devices. Imports torch."""
+def join_group(rendezvous: Rendezvous, *, device: str) -> Any:
+    """The store of torch.distributed that all ranks reach, by which process groups are made (pipedit.parallel.groups).
+    Waits for rank 0. torch.distributed itself is not initialised: that would need all ranks at once. Imports torch,
+    and settles which network interface and which CUDA device its backends use."""
     import torch
     import torch.distributed as dist
 
@@ -41,10 +40,11 @@ def join_group(rendezvous: Rendezvous, *, rank: int, device: str) -> None:
     if name is not None:
         # Else gloo asks for the address of this machine's name, which often is none that others can reach.
         os.environ.setdefault(_INTERFACE, name)
-    is_cuda = device.startswith("cuda")
-    if is_cuda:
+    for name in filter(None, os.environ.get(_INTERFACE, "").split(",")):
+        dist.ProcessGroupGloo.create_device(interface=name)  # raises here, and not only in the first step
+    if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    store = dist.TCPStore(  # type: ignore[attr-defined]
+    return dist.TCPStore(  # type: ignore[attr-defined]
         rendezvous.host,
         rendezvous.port,
         rendezvous.world_size,
@@ -53,20 +53,6 @@ def join_group(rendezvous: Rendezvous, *, rank: int, device: str) -> None:
         wait_for_workers=False,
         master_listen_fd=rendezvous.listening,
     )
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
-        store=store,
-        rank=rank,
-        world_size=rendezvous.world_size,
-        timeout=_GROUP_TIMEOUT,
-    )
-
-
-def leave_group() -> None:
-    """Undoes `join_group`, if it was called. Does not load torch for it."""
-    dist = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def interface_of(address: str) -> str | None:

@@ -5,9 +5,11 @@ their `vae`.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from pipedit.core.parallel import AUTO, ParallelConfig
 from pipedit.models.decode_bindings import spread_decode
 from pipedit.models.sequence import attach
 from pipedit.models.sequence_bindings import binding_of
+from pipedit.parallel.groups import channel_opener, default_store
 from pipedit.parallel.rows import ChannelRows
 from pipedit.parallel.runtime import ParallelRuntime
 from pipedit.plan.degrees import Wanted, choose, degree_problems
@@ -56,18 +59,15 @@ def parallelize(
     The VAE decodes on all ranks too, so every rank calls `pipe.vae.decode`, if one does: Wan's by rows, HunyuanVideo's
     by its temporal tiles, either by spatial tiles where `pipe.vae.enable_tiling()` says so. What cannot be shared is
     decoded whole by each rank, which is as right, only not faster: other VAEs, compiled ones, one on another device
-    than the transformer, a HunyuanVideo that fits one temporal tile or is decoded without them, tiles of unusual sizes,
-    decoding outside torch.no_grad.
+    than the transformer, a HunyuanVideo that fits one temporal tile or is decoded without them, Wan's pictures of few
+    rows, tiles of unusual sizes, decoding outside torch.no_grad.
 
     torch.distributed is initialised if it is not, and then also ended. Raises InvalidRequestError for degrees that
     cannot be, models that are not supported, and ranks that were given different inputs.
     """
     experts = _experts(pipe)
     wanted = Wanted(
-        ulysses_degree=ulysses_degree,
-        ring_degree=ring_degree,
-        cfg_degree=1 if cfg_degree is None else cfg_degree,
-        pipesp_chunks=pipesp_chunks,
+        ulysses_degree=ulysses_degree, ring_degree=ring_degree, cfg_degree=cfg_degree, pipesp_chunks=pipesp_chunks
     )
     device = pipe._execution_device  # unlike `device`, right for weights that are offloaded
     with contextlib.ExitStack() as undo:
@@ -76,7 +76,9 @@ def parallelize(
             undo.enter_context(torch.cuda.device(device))
         undo.enter_context(_process_group(device))
         config = _choose(wanted, experts)
-        runtime = ParallelRuntime(ranks=range(config.world_size), rank=dist.get_rank(), device=str(device))
+        ranks, rank = range(config.world_size), dist.get_rank()
+        open_channel = channel_opener(_own_store(), rank=rank, device=str(device))
+        runtime = ParallelRuntime(ranks=ranks, rank=rank, device=str(device), open_channel=open_channel)
         undo.callback(runtime.close)
         runtime.use(config)
         for expert, binding in zip(experts, bindings, strict=True):
@@ -85,8 +87,8 @@ def parallelize(
         for expert in experts:
             undo.callback(intercept(expert, calls.answer))
         if (vae := getattr(pipe, "vae", None)) is not None:
-            rows = ChannelRows(ranks=range(config.world_size), rank=dist.get_rank(), device=str(device))
-            undo.callback(rows.reset)
+            rows = ChannelRows(ranks=ranks, rank=rank, device=str(device), open_channel=open_channel)
+            undo.callback(rows.close)
             undo.callback(spread_decode(vae, rows, device))
         yield pipe
         calls.finish()
@@ -101,11 +103,29 @@ def _experts(pipe: Any) -> list[Any]:
 
 
 def _choose(wanted: Wanted, experts: Sequence[Any]) -> ParallelConfig:
-    """Heads are known, the tokens of a video only when it is made: too few are refused then."""
+    """Heads are known, the tokens of a video only when it is made: too few are refused then. Whether the pipeline uses
+    guidance is not known either, so that halves are only made where they are asked for."""
     world_size, heads = dist.get_world_size(), experts[0].config.num_attention_heads
     if problems := degree_problems(wanted, world_size, heads):
         raise InvalidRequestError(problems)
+    if wanted.cfg_degree is None:
+        given, wanted = wanted.given, dataclasses.replace(wanted, cfg_degree=1)
+        if degree_problems(wanted, world_size, heads):
+            named = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise InvalidRequestError(
+                [
+                    f"{named} on {world_size} ranks would need cfg_degree=2, which is only taken if it is asked for, "
+                    "because it is for pipelines that use guidance; give cfg_degree=2, or other degrees"
+                ]
+            )
     return choose(wanted, world_size, heads, uses_guidance=wanted.cfg_degree == 2, tokens=world_size)
+
+
+def _own_store() -> Any:
+    """Where the ranks of one call of `parallelize` meet, and nobody met before: they agree on a name."""
+    name = [secrets.token_hex(8)]
+    dist.broadcast_object_list(name, src=0)
+    return default_store(f"pipedit/{name[0]}")
 
 
 @contextlib.contextmanager

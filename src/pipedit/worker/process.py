@@ -78,7 +78,7 @@ class _Settling:
     """A worker after whose loading garbage is collected again, without ever looking at what was there before."""
 
     def __init__(self, worker: Servant) -> None:
-        self._worker, self.handle = worker, worker.handle
+        self._worker, self.handle, self.close = worker, worker.handle, worker.close
 
     def load(self) -> tuple[Span, ...]:
         spans = self._worker.load()

@@ -3,6 +3,7 @@
 Knows neither who is at the other end nor how the connection came about. Torch-free until a worker is built.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pipedit.core.messages import Command, Event
 from pipedit.core.placement import Placement
 from pipedit.core.spans import Span
 from pipedit.worker.failures import command_failed, portable
-from pipedit.worker.group import Rendezvous, join_group, leave_group
+from pipedit.worker.group import Rendezvous, join_group
 from pipedit.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -26,13 +27,15 @@ STARTING = "starting"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """Everything that makes a worker. `model` is a name or a folder; `rendezvous` is None for one that is alone."""
+    """Everything that makes a worker. `model` is a name or a folder; `rendezvous` is None for one that is alone. `key`:
+    the same for all workers of a run, who prove to each other with it that they belong to it."""
 
     model: str
     settings: WorkerSettings
     rank: int
     placement: Placement
     rendezvous: Rendezvous | None = None
+    key: bytes = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,9 @@ class Servant(Protocol):
 
     def handle(self, command: Command) -> Event: ...
 
+    def close(self) -> None:
+        """Leaves nothing behind: no thread, no connection."""
+
 
 Build = Callable[[WorkerSpec], Servant]
 
@@ -89,16 +95,17 @@ def serve(link: "Link", build: Build | None = None) -> bool:
     """
     while isinstance(spec := link.recv(), AskClock):
         link.send(ClockShows(now_s=time.perf_counter()))
-    try:
-        worker = (build or build_worker)(spec)
-        spans = worker.load()
-    except Exception as error:  # noqa: BLE001 - whatever it is, whoever started us wants to know
-        link.send(StartFailed(rank=spec.rank, error=portable(error, rank=spec.rank, doing=STARTING)))
-        return False
-    link.send(Ready(rank=spec.rank, spans=tuple(spans)))
-    while not isinstance(command := link.recv(), Stop):
-        link.send(_answer(worker, spec.rank, command))
-    leave_group()
+    with contextlib.ExitStack() as endings:
+        try:
+            worker = (build or build_worker)(spec)
+            endings.callback(worker.close)
+            spans = worker.load()
+        except Exception as error:  # noqa: BLE001 - whatever it is, whoever started us wants to know
+            link.send(StartFailed(rank=spec.rank, error=portable(error, rank=spec.rank, doing=STARTING)))
+            return False
+        link.send(Ready(rank=spec.rank, spans=tuple(spans)))
+        while not isinstance(command := link.recv(), Stop):
+            link.send(_answer(worker, spec.rank, command))
     return True
 
 
@@ -111,28 +118,35 @@ def _answer(worker: Servant, rank: int, command: Command) -> Event:
 
 
 def build_worker(spec: WorkerSpec) -> Servant:
-    """The real worker: opens the model, joins the other ranks and, where it denoises, shares that with them."""
+    """The real worker: opens the model, joins the other ranks and, where its roles are theirs too, shares the work."""
     # Imported here: whoever only talks to workers needs no torch.
     from pipedit.models.registry import fetch_weights, open_model
+    from pipedit.parallel.groups import channel_opener
     from pipedit.parallel.rows import ChannelRows
     from pipedit.parallel.runtime import ParallelRuntime
+    from pipedit.worker.shelf import Neighbours, Shelf, reachable_address
     from pipedit.worker.worker import Worker
 
     adapter = open_model(spec.model)
     fetch_weights(adapter)  # on this machine; the controller has done it on its own
     device, denoisers, decoders = spec.settings.device, spec.placement.denoisers, spec.placement.decoders
-    parallel = decode_group = None
+    parallel = decode_group = shelf = None
     if spec.rendezvous is not None:
-        join_group(spec.rendezvous, rank=spec.rank, device=device)
-        if len(denoisers) > 1 and spec.rank in denoisers:
-            parallel = ParallelRuntime(ranks=denoisers, rank=spec.rank, device=device)
+        store = join_group(spec.rendezvous, device=device)
+        open_channel = channel_opener(store, rank=spec.rank, device=device)
+        if len({*denoisers, *decoders}) > 1 and spec.rank in (*denoisers, *decoders):  # decoders may help
+            parallel = ParallelRuntime(ranks=denoisers, rank=spec.rank, device=device, open_channel=open_channel)
         if len(decoders) > 1 and spec.rank in decoders:
-            decode_group = ChannelRows(ranks=decoders, rank=spec.rank, device=device)
+            decode_group = ChannelRows(ranks=decoders, rank=spec.rank, device=device, open_channel=open_channel)
+        if spec.placement.hands_over:
+            neighbours = Neighbours(store=store, host=reachable_address(spec.rendezvous), key=spec.key)
+            shelf = Shelf(rank=spec.rank, device=device, neighbours=neighbours)
     return Worker(
         adapter,
         spec.settings,
         rank=spec.rank,
-        roles=spec.placement.roles(spec.rank),
+        placement=spec.placement,
         parallel=parallel,
         decode_group=decode_group,
+        shelf=shelf,
     )

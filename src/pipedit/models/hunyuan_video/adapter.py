@@ -23,7 +23,7 @@ from pipedit.models.hunyuan_video import text_costs, transformer_costs, vae_cost
 from pipedit.models.hunyuan_video.layout import CONFIG_NEEDS, HunyuanVideoLayout
 from pipedit.models.hunyuan_video.prompt import CLIP_TOKENS, PROMPT_FRAME
 from pipedit.models.hunyuan_video.tiles import kinds_of_tile, num_temporal_tiles
-from pipedit.plan.costs import PartBytes, RequestCost
+from pipedit.plan.costs import PartBytes, RequestCost, SharedAttention
 from pipedit.plan.precision import element_bytes
 
 
@@ -172,6 +172,21 @@ class HunyuanVideoAdapter(ModelAdapter):
             decode_chunk=middle,
             decode_last_chunk=last if num_chunks > 1 else None,
             parts=self._parts(layout, precision, (frames, rows, columns), tiling=tiling, decoders=decoders),
+            attention=self._shared_attention(layout, precision),
+            decodes_in_rounds=True,
+        )
+
+    def _shared_attention(self, layout: TokenLayout, precision: Precision) -> SharedAttention:
+        sites = self.attention_sites()
+        hidden = sites[0].heads * sites[0].head_dim
+        return SharedAttention(
+            sites=len(sites),
+            heads=sites[0].heads,
+            head_dim=sites[0].head_dim,
+            operations=len(sites) * 4 * (layout.latent_tokens + layout.text_tokens) ** 2 * hidden,
+            projections=len(sites) * 2 * layout.latent_tokens * 3 * hidden**2,
+            element=element_bytes(precision.transformer),
+            joint_text=True,
         )
 
     def _parts(

@@ -8,6 +8,7 @@ changes nothing more.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,16 +27,17 @@ from pipedit.models.spatial_tiles import PictureTiling, Place, decode_tiles
 
 @dataclasses.dataclass(kw_only=True)
 class HunyuanVideoDecodeState:
-    """Scaled latents [1, C, F, H, W] in the VAE's precision, and the end of the tile before that was not given out."""
+    """Scaled latents [1, C, F, H, W] in the VAE's precision, and the end of the tile before that was not given out.
+    `group`: several ranks, or None."""
 
     latents: torch.Tensor
+    group: RowGroup | None
     overlap: torch.Tensor | None = None  # [1, 3, BLENDED_FRAMES, height, width]
 
 
 class HunyuanVideoDecodeStage:
     def __init__(self, vae: AutoencoderKLHunyuanVideo, device: str, *, tiling: bool) -> None:
-        self.vae, self._device, self._is_tiling = vae, device, tiling
-        self._group: RowGroup | None = None
+        self.vae, self.device, self._is_tiling = vae, device, tiling
 
     @classmethod
     def load(
@@ -50,29 +52,33 @@ class HunyuanVideoDecodeStage:
         )
         return cls(vae, device, tiling=tiling)
 
-    def attach(self, group: RowGroup) -> None:
-        """From now on every rank of the group is given the same latents and asked for the same chunks."""
-        self._group = group if group.size > 1 else None
+    @property
+    def modules(self) -> Sequence[torch.nn.Module]:
+        return (self.vae,)
 
     @torch.inference_mode()
-    def begin(self, request: VideoRequest, latents: torch.Tensor) -> HunyuanVideoDecodeState:
+    def begin(
+        self, request: VideoRequest, latents: torch.Tensor, group: RowGroup | None = None
+    ) -> HunyuanVideoDecodeState:
         require_finite(latents)
-        if self._group is not None:
-            self._group.begin()
         dtype = next(self.vae.decoder.parameters()).dtype
-        return HunyuanVideoDecodeState(latents=latents.to(self._device, dtype) / self.vae.config.scaling_factor)
+        return HunyuanVideoDecodeState(
+            latents=latents.to(self.device, dtype) / self.vae.config.scaling_factor,
+            group=None if group is None or group.size == 1 else group,
+        )
 
     @torch.inference_mode()
     def chunk(self, state: HunyuanVideoDecodeState, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
         """Frames of temporal tile `index`, or, in a group, of round `index`: a tile for each rank, or as many as are
         left. It must follow `index` - 1 of the same state. None on ranks of a group but the first."""
-        if self._group is None:
+        group = state.group
+        if group is None:
             video = self._next_frames(state, index)
             return None if video is None else to_frames(video)
-        start = index * self._group.size
-        tiles = range(start, min(start + self._group.size, self._num_tiles(state)))
+        start = index * group.size
+        tiles = range(start, min(start + group.size, self._num_tiles(state)))
         if not self._is_tiled(state.latents):
-            return self._round(self._group, state, tiles)
+            return self._round(group, state, tiles)
         parts = [to_levels(video) for tile in tiles if (video := self._next_frames(state, tile)) is not None]
         return to_host(torch.cat(parts)) if parts else None
 
@@ -99,7 +105,7 @@ class HunyuanVideoDecodeStage:
         """One temporal tile, not blended yet; None on ranks that only helped."""
         window = state.latents[:, :, tile.latents.start : tile.latents.stop]
         if self._is_tiled(window):
-            video = decode_tiles(window, self._tiling, self._decode_window, self.vae, self._group)
+            video = decode_tiles(window, self._tiling, self._decode_window, self.vae, state.group)
         else:
             video = self._decode_window((0, 0), window)
         return None if video is None else video[:, :, int(tile.drops_first) :]

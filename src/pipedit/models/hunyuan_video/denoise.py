@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class HunyuanVideoDenoiseStage:
         dtype: torch.dtype,
         transformer: HunyuanVideoTransformer3DModel,
     ) -> None:
-        self._layout, self._device, self._dtype, self.transformer = layout, device, dtype, transformer
+        self._layout, self.device, self._dtype, self.transformer = layout, device, dtype, transformer
         self._branches, self._is_attached = one_after_the_other, False
         for layer in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
             layer.register_forward_pre_hook(_without_mask)
@@ -59,6 +60,13 @@ class HunyuanVideoDenoiseStage:
         )
         return cls(layout, device, dtype, transformer)
 
+    @property
+    def modules(self) -> Sequence[torch.nn.Module]:
+        return (self.transformer,)
+
+    def modules_of_step(self, state: HunyuanVideoState, index: int) -> Sequence[torch.nn.Module]:
+        return self.modules
+
     def attach(self, parallel: StageParallel) -> None:
         attach(self.transformer, HunyuanVideoSequenceBinding(self.transformer), parallel)
         self._branches, self._is_attached = parallel.branches, True
@@ -75,15 +83,15 @@ class HunyuanVideoDenoiseStage:
             checkpoint.component_class("scheduler"), checkpoint.config("scheduler"), request.flow_shift
         )
         sigmas = np.linspace(1.0, 0.0, request.num_inference_steps + 1)[:-1]
-        noise_scheduler.set_timesteps(sigmas=sigmas, device=self._device)
+        noise_scheduler.set_timesteps(sigmas=sigmas, device=self.device)
         noise_scheduler.set_begin_index(0)
         return HunyuanVideoState(
             request=request,
-            conditioning={name: tensor.to(self._device, self._dtype) for name, tensor in conditioning.items()},
+            conditioning={name: tensor.to(self.device, self._dtype) for name, tensor in conditioning.items()},
             # Scaled in the transformer's precision: 6.0 becomes 6016 in bfloat16, which is what diffusers gives it.
-            guidance=torch.tensor([request.guidance_scale], dtype=self._dtype, device=self._device) * 1000.0,
+            guidance=torch.tensor([request.guidance_scale], dtype=self._dtype, device=self.device) * 1000.0,
             noise_scheduler=noise_scheduler,
-            latents=initial_noise(self._layout.latent_shape(request), request.seed, self._device),
+            latents=initial_noise(self._layout.latent_shape(request), request.seed, self.device),
         )
 
     @torch.inference_mode()

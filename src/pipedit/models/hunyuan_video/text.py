@@ -6,6 +6,7 @@ keys, its refiner averages with the mask), so nothing is ever padded here, and e
 """
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,10 @@ class HunyuanVideoTextStage:
             load_text_encoder(CLIPTextModel, checkpoint, "text_encoder_2", device, precision),
         )
 
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        return (self.llama, self.clip)
+
     @torch.inference_mode()
     def encode(self, request: VideoRequest) -> dict[str, torch.Tensor]:
         assert request.true_cfg_scale is not None and request.max_sequence_length is not None
@@ -61,6 +66,9 @@ class HunyuanVideoTextStage:
             conditioning["negative"] = self._tokens(request.negative_prompt, length)
             conditioning["negative_pooled"] = self._pooled(request.negative_prompt)
         return conditioning
+
+    def joint_tokens(self, conditioning: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+        return tuple(conditioning[name].shape[1] for name in ("prompt", "negative") if name in conditioning)
 
     def _tokens(self, prompt: str, length: int) -> torch.Tensor:
         crop = PROMPT_FRAME.cropped_tokens

@@ -21,7 +21,7 @@ from pipedit.models.checkpoint import MODEL_INDEX, Checkpoint
 from pipedit.models.config_needs import ConfigNeeds, is_number
 from pipedit.models.wan import text_costs, transformer_costs, vae_costs
 from pipedit.models.wan.layout import CONFIG_NEEDS, TRANSFORMER_NEEDS, WanLayout
-from pipedit.plan.costs import PartBytes, RequestCost
+from pipedit.plan.costs import PartBytes, RequestCost, SharedAttention
 from pipedit.plan.precision import element_bytes
 
 
@@ -185,6 +185,19 @@ class WanAdapter(ModelAdapter):
             decode_first_chunk=first,
             decode_chunk=later,
             parts=self._parts(layout, precision, rows, columns, tiling=tiling, decoders=decoders),
+            attention=self._shared_attention(layout.latent_tokens, precision),
+        )
+
+    def _shared_attention(self, tokens: int, precision: Precision) -> SharedAttention:
+        sites = self.attention_sites()
+        hidden = sites[0].heads * sites[0].head_dim
+        return SharedAttention(
+            sites=len(sites),
+            heads=sites[0].heads,
+            head_dim=sites[0].head_dim,
+            operations=len(sites) * 4 * tokens**2 * hidden,
+            projections=len(sites) * 2 * tokens * 3 * hidden**2,
+            element=element_bytes(precision.transformer),
         )
 
     def _parts(

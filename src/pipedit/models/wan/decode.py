@@ -1,9 +1,10 @@
 """Wan's decode stage: latent frame by latent frame with the VAE's own feature cache, equal to the one-shot decode.
 
 The cache belongs to the request, not to the module, so that several videos can be decoded in turns. A group of ranks
-shares each picture by slabs of rows, which is exact (see halo.py); time cannot be cut, because each frame needs the
-cache of the one before. Spatial tiling is optional and changes pixels near the seams, as it does in diffusers; every
-tile keeps its own cache through time. A group then shares the tiles, which changes nothing more.
+shares each picture by slabs of rows, which is exact (see halo.py), unless it is too small for that to pay (slabs.py);
+time cannot be cut, because each frame needs the cache of the one before. Spatial tiling is optional and changes pixels
+near the seams, as it does in diffusers; every tile keeps its own cache through time. A group then shares the tiles,
+which changes nothing more.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from pipedit.models.rows import RowGroup
 from pipedit.models.spatial_tiles import PictureTiling, Place, decode_tiles
 from pipedit.models.wan.halo import on_row_slabs
 from pipedit.models.wan.layout import WanLayout
+from pipedit.models.wan.slabs import num_slabs
 
 FeatureCache = list[torch.Tensor | str | None]
 
@@ -32,17 +34,18 @@ WHOLE: Place = (0, 0)  # the place of a picture, or of a slab of rows, that is n
 @dataclasses.dataclass(kw_only=True)
 class WanDecodeState:
     """De-normalised latents [1, C, F, H, W] in the VAE's precision, whole or this rank's rows, and the feature cache of
-    each tile. `shares`: latent rows of each rank of the group, where the pictures are cut into slabs."""
+    each tile. `group`: several ranks, or None. `shares`: latent rows of each of them, where the pictures are cut into
+    slabs."""
 
     latents: torch.Tensor
-    caches: dict[Place, FeatureCache]
-    shares: tuple[int, ...] | None
+    group: RowGroup | None
+    caches: dict[Place, FeatureCache] = dataclasses.field(default_factory=dict)
+    shares: tuple[int, ...] | None = None
 
 
 class WanDecodeStage:
     def __init__(self, vae: AutoencoderKLWan, device: str, *, tiling: bool) -> None:
-        self.vae, self._device, self._is_tiling = vae, device, tiling
-        self._group: RowGroup | None = None
+        self.vae, self.device, self._is_tiling = vae, device, tiling
         self._num_caches = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
 
     @classmethod
@@ -56,29 +59,29 @@ class WanDecodeStage:
         )
         return cls(vae, device, tiling=tiling)
 
-    def attach(self, group: RowGroup) -> None:
-        """From now on every rank of the group is given the same latents and asked for the same chunks."""
-        self._group = group if group.size > 1 else None
+    @property
+    def modules(self) -> Sequence[torch.nn.Module]:
+        return (self.vae,)
 
     @torch.inference_mode()
-    def begin(self, request: VideoRequest, latents: torch.Tensor) -> WanDecodeState:
+    def begin(self, request: VideoRequest, latents: torch.Tensor, group: RowGroup | None = None) -> WanDecodeState:
         require_finite(latents)
-        if self._group is not None:
-            self._group.begin()
+        group = None if group is None or group.size == 1 else group
         config = self.vae.config
         dtype = next(self.vae.decoder.parameters()).dtype
-        latents = latents.to(self._device, dtype)
+        latents = latents.to(self.device, dtype)
         per_channel = (1, config.z_dim, 1, 1, 1)
         mean = torch.tensor(config.latents_mean).view(per_channel).to(latents)
         inverse_std = 1.0 / torch.tensor(config.latents_std).view(per_channel).to(latents)
         latents = latents / inverse_std + mean
         if self._is_tiled(latents):
-            return WanDecodeState(latents=latents, caches={}, shares=None)
+            return WanDecodeState(latents=latents, group=group)
         latents, shares = self.vae.post_quant_conv(latents), None
-        if self._group is not None:
-            shares = self._group.shares(latents.shape[3])
-            latents = latents.split(shares, dim=3)[self._group.index].clone()  # a copy, so that the rest is freed
-        return WanDecodeState(latents=latents, caches={}, shares=shares)
+        if group is not None:
+            rows = latents.shape[3]
+            shares = group.shares(rows, num_slabs(rows, group.size))
+            latents = latents.split(shares, dim=3)[group.index].clone()  # a copy, so that the rest is freed
+        return WanDecodeState(latents=latents, group=group, shares=shares)
 
     @torch.inference_mode()
     def chunk(self, state: WanDecodeState, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
@@ -109,10 +112,10 @@ class WanDecodeStage:
         self, state: WanDecodeState, shares: Sequence[int], latents: torch.Tensor, index: int
     ) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
         """Bytes travel to rank 0, not values: turning one into the other looks at single positions too."""
-        group = self._group
+        group = state.group
         assert group is not None
         if shares[group.index] == 0:
-            return None  # fewer latent rows than ranks
+            return None  # too few latent rows for all ranks
         with on_row_slabs(self.vae.decoder, group, shares):
             video = self._decode(state, WHOLE, latents, index)
         own = to_levels(self._unpatchified(video))
@@ -136,4 +139,4 @@ class WanDecodeStage:
         def decode(place: Place, window: torch.Tensor) -> torch.Tensor:
             return self._decode(state, place, self.vae.post_quant_conv(window), index)
 
-        return decode_tiles(latents, self._tiling, decode, self.vae, self._group)
+        return decode_tiles(latents, self._tiling, decode, self.vae, state.group)

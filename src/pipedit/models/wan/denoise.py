@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class WanDenoiseStage:
     def __init__(
         self, layout: WanLayout, device: str, dtype: torch.dtype, experts: list[WanTransformer3DModel]
     ) -> None:
-        self._layout, self._device, self._dtype, self.experts = layout, device, dtype, experts
+        self._layout, self.device, self._dtype, self.experts = layout, device, dtype, experts
         self._branches, self._is_attached = one_after_the_other, False
 
     @classmethod
@@ -52,6 +53,14 @@ class WanDenoiseStage:
         ]
         return cls(layout, device, dtype, experts)
 
+    @property
+    def modules(self) -> Sequence[torch.nn.Module]:
+        return self.experts
+
+    def modules_of_step(self, state: WanState, index: int) -> Sequence[torch.nn.Module]:
+        expert, _ = self._expert(state, state.noise_scheduler.timesteps[index])
+        return (expert,)
+
     def attach(self, parallel: StageParallel) -> None:
         for expert in self.experts:
             attach(expert, WanSequenceBinding(expert), parallel)
@@ -69,13 +78,13 @@ class WanDenoiseStage:
         noise_scheduler = make_noise_scheduler(
             checkpoint.component_class("scheduler"), checkpoint.config("scheduler"), request.flow_shift
         )
-        noise_scheduler.set_timesteps(request.num_inference_steps, device=self._device)
+        noise_scheduler.set_timesteps(request.num_inference_steps, device=self.device)
         noise_scheduler.set_begin_index(0)
         return WanState(
             request=request,
-            conditioning={name: tensor.to(self._device, self._dtype) for name, tensor in conditioning.items()},
+            conditioning={name: tensor.to(self.device, self._dtype) for name, tensor in conditioning.items()},
             noise_scheduler=noise_scheduler,
-            latents=initial_noise(self._layout.latent_shape(request), request.seed, self._device),
+            latents=initial_noise(self._layout.latent_shape(request), request.seed, self.device),
         )
 
     @torch.inference_mode()

@@ -20,8 +20,12 @@ from pipedit.models.rows import RowGroup
 @contextlib.contextmanager
 def on_row_slabs(decoder: torch.nn.Module, group: RowGroup, shares: Sequence[int]) -> Iterator[None]:
     """Inside, `decoder` takes and gives the rows of this rank: `shares[r]` latent rows on rank r of the group. Every
-    rank with a share runs the decoder the same number of times. The decoder is left as it was."""
+    rank with a share runs the decoder the same number of times. The decoder is left as it was. Nothing is asked of the
+    group where one rank has all rows."""
     members = sum(rows > 0 for rows in shares)
+    if members == 1:
+        yield
+        return
     with contextlib.ExitStack() as hooks:
         for module in decoder.modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)) and module.kernel_size[-2] > 1:

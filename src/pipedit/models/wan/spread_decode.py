@@ -10,6 +10,7 @@ from pipedit.models.rows import VideoGroup
 from pipedit.models.spatial_tiles import PictureTiling, blend_tiles
 from pipedit.models.spread_windows import decode_windows
 from pipedit.models.wan.halo import on_row_slabs
+from pipedit.models.wan.slabs import num_slabs
 
 
 def decode(
@@ -33,7 +34,11 @@ def _decode_slabs(
     group: VideoGroup,
     whole: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    shares = group.shares(latents.shape[3])
+    rows = latents.shape[3]
+    members = num_slabs(rows, group.size)
+    if members == 1:  # too small for sharing to pay
+        return whole(latents)
+    shares = group.shares(rows, members)
     own = None
     if shares[group.index] > 0:
         with on_row_slabs(vae.decoder, group, shares):

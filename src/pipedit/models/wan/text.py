@@ -1,8 +1,10 @@
 """Wan's text stage: UMT5, cut to the real length, then padded with zeros that attention does not mask."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from pipedit.core.request import VideoRequest
@@ -23,6 +25,10 @@ class WanTextStage:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer_folder("tokenizer"), local_files_only=True)
         return cls(tokenizer, load_text_encoder(UMT5EncoderModel, checkpoint, "text_encoder", device, precision))
 
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        return (self._encoder,)
+
     @torch.inference_mode()
     def encode(self, request: VideoRequest) -> dict[str, torch.Tensor]:
         assert request.guidance_scale is not None and request.max_sequence_length is not None
@@ -30,6 +36,9 @@ class WanTextStage:
         if request.guidance_scale > 1.0:
             conditioning["negative"] = self._embed(request.negative_prompt or "", request.max_sequence_length)
         return conditioning
+
+    def joint_tokens(self, conditioning: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+        return (0,) * len(conditioning)
 
     def _embed(self, prompt: str, length: int) -> torch.Tensor:
         tokens = self._tokenizer(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipedit.models.tiles import Tiling, areas_of, largest_share, tile_sizes
+from pipedit.models.wan.slabs import num_slabs
 from pipedit.plan.costs import Operations
 
 # Spatial tiles in pixels: defaults of `AutoencoderKLWan`, which holds them as attributes, not in its config.
@@ -125,9 +126,10 @@ def decode_working_bytes(
     areas = areas_of(tiles)
     whole, covered, largest = rows * columns, sum(area * count for area, count in areas.items()), max(areas)
     if tiles.total() == 1:
-        slab = min(-(-rows // decoders), rows)
-        peak = _hungriest(config, element, slab if decoders > 1 else None)
-        bytes_out = 2 * whole * position if decoders > 1 else 0  # slabs of bytes, and the frames put together of them
+        slabs = num_slabs(rows, decoders)
+        slab = -(-rows // slabs)
+        peak = _hungriest(config, element, slab if slabs > 1 else None)
+        bytes_out = 2 * whole * position if slabs > 1 else 0  # slabs of bytes, and the frames put together of them
         largest = slab * columns
         return largest * (cached + max(peak, position * (2 * element + 3 * 4))) + bytes_out
     peak, assembled = largest * _hungriest(config, element, None), whole * position * 2 * element
