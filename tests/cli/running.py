@@ -48,17 +48,7 @@ class Cli:
     def __call__(self, *arguments: str, failing: Callable[[Command], None] | None = None) -> Ran:
         def open_engine(settings: EngineSettings) -> Engine:
             executor = SimulatedExecutor(failing=failing)
-            return Engine(
-                settings.model,
-                num_workers=settings.num_workers,
-                ulysses_degree=settings.ulysses_degree,
-                ring_degree=settings.ring_degree,
-                cfg_degree=settings.cfg_degree,
-                pipesp_chunks=settings.pipesp_chunks,
-                device=settings.device,
-                dtype=settings.dtype,
-                executor=executor,
-            )
+            return Engine.of(settings, executor)
 
         self._capture.readouterr()
         code = run(arguments, Session(open_engine=open_engine))

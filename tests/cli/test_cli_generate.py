@@ -91,7 +91,7 @@ def test_json_is_one_document_with_everything(cli: Cli) -> None:
     ran = cli.generate("one", "two", "-o", "out.gif", "--seed", "3", "--json", "--trace", "t.json")
     assert ran.code == 0
     document = ran.document
-    assert set(document) == {"model", "results", "load_s", "total_s", "trace"}
+    assert set(document) == {"model", "results", "load_s", "total_s", "trace", "peak_bytes"}
     assert [result["file"] for result in document["results"]] == ["out-1.gif", "out-2.gif"]
     result = document["results"][0]
     assert set(result) == {
@@ -248,7 +248,7 @@ def test_two_videos_cannot_have_one_name(cli: Cli) -> None:
 
 
 def test_too_little_memory_is_predicted(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipedit.engine.intake.available_bytes", lambda _device: 1_500_000)
+    monkeypatch.setattr("pipedit.engine.fitting.available_bytes", lambda _device: 1_500_000)
     ran = cli.generate("x", "-o", "x.gif", "--json")
     assert ran.code == 1
     assert ran.document["error"]["kind"] == "memory"

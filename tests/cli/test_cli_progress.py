@@ -38,7 +38,7 @@ def test_a_line_for_each_stage_and_one_every_ten_seconds(capsys: pytest.CaptureF
         ("decode", 2, 28.0),
     ]:
         clock.now_s = now_s
-        display.progress(job(), stage, done)
+        display.progress(job(), stage, done, {"encode": 1, "denoise": 4, "decode": 2}[stage])
     display.end(job())
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -56,7 +56,7 @@ def test_a_line_for_each_stage_and_one_every_ten_seconds(capsys: pytest.CaptureF
 def test_several_videos_are_numbered(capsys: pytest.CaptureFixture[str]) -> None:
     display = LineDisplay(Terminal(), Clock())
     display.begin(job(2, 3), num_chunks=2)
-    display.progress(job(2, 3), "encode", 1)
+    display.progress(job(2, 3), "encode", 1, 1)
     assert capsys.readouterr().err.splitlines() == [
         "[2/3] a red ball · 9 frames of 64x48 · 4 steps · seed 7",
         "[2/3] encode 1/1, took 0 ms",

@@ -141,6 +141,55 @@ def test_generate_inside_the_loop_of_generate(simulated: Callable[..., Any]) -> 
     assert seen == ["a", "inside a", "b", "inside b"]
 
 
+def in_another_thread(action: Callable[[], Any]) -> list[BaseException]:
+    """What the action raises there."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except pipedit.PipeditError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(10.0)
+    assert not thread.is_alive()
+    return errors
+
+
+def test_a_second_thread_is_refused_and_queues_nothing(simulated: Callable[..., Any]) -> None:
+    errors: list[BaseException] = []
+
+    def meanwhile(command: messages.Command) -> None:
+        if isinstance(command, messages.Denoise) and command.request_id == "request-1" and not errors:
+            errors.extend(in_another_thread(lambda: next(engine.stream("second", **SETTINGS))))
+
+    engine, executor = simulated(failing=meanwhile)
+    assert np.concatenate(list(engine.stream("first", **SETTINGS))).shape == (9, 32, 48, 3)
+    assert "one thread at a time" in str(errors[0])
+    assert {command.request_id for command in executor.sent} == {"request-1"}
+    assert not engine._driver.mentioned
+    assert len(list(engine.generate("again", **SETTINGS))) == 1
+
+
+def test_a_request_that_a_second_thread_lost_is_cancelled_by_the_first(simulated: Callable[..., Any]) -> None:
+    errors: list[BaseException] = []
+
+    def meanwhile(command: messages.Command) -> None:
+        if isinstance(command, messages.Decode) and command.request_id == "request-1" and command.chunk == 1:
+            errors.extend(in_another_thread(lambda: next(old)))
+
+    engine, executor = simulated(failing=meanwhile)
+    old = engine.stream("old", **SETTINGS)
+    next(old)  # the first of three chunks
+    assert np.concatenate(list(engine.stream("new", **SETTINGS))).shape == (9, 32, 48, 3)
+    assert "one thread at a time" in str(errors[0])
+    assert isinstance([command for command in executor.sent if command.request_id == "request-1"][-1], messages.Release)
+    assert not engine._driver.mentioned
+    assert not engine._owned
+
+
 def test_updates_leave_the_videos_of_iterators_alone(simulated: Callable[..., Any]) -> None:
     engine, _ = simulated()
     videos = engine.generate(["a", "b"], **SETTINGS)
@@ -201,7 +250,7 @@ def test_a_kept_error_keeps_no_tensors(tiny_folder: Callable[[str], Path]) -> No
 
     with Engine(tiny_folder("wan"), device="cpu") as engine:
         engine.start()
-        engine._executor._worker._denoise.step = fail  # type: ignore[union-attr]
+        engine._executor._worker._stages.denoise.step = fail  # type: ignore[union-attr]
         with pytest.raises(pipedit.WorkerError, match="no luck") as caught:
             list(engine.generate("x", **tiny_pipelines.QUICK_SETTINGS["wan"]))
         assert kept[0]() is None
@@ -248,7 +297,7 @@ def test_interrupt_in_mid_step_leaves_a_usable_engine(tiny_folder: Callable[[str
         engine.submit(request)
         updates = engine.updates()
         next(updates)
-        stage = engine._executor._worker._denoise  # type: ignore[union-attr]
+        stage = engine._executor._worker._stages.denoise  # type: ignore[union-attr]
         step, stage.step = stage.step, _interrupt
         with pytest.raises(KeyboardInterrupt):
             list(updates)

@@ -10,7 +10,8 @@ from pipedit import Engine, InsufficientMemoryError, InvalidRequestError, VideoR
 from pipedit.core import messages
 from pipedit.core.parallel import ParallelConfig
 from pipedit.core.units import GIB
-from pipedit.engine.intake import check_input, check_memory
+from pipedit.engine.fitting import check_memory
+from pipedit.engine.intake import check_input
 from pipedit.engine.settings import EngineSettings, setting_notes, setting_problems
 from pipedit.executor.simulated import SimulatedExecutor
 from pipedit.models.registry import open_model
@@ -153,7 +154,7 @@ def test_workers_on_one_processor_share_its_memory_and_gpus_do_not(
     adapter = open_model(str(tiny_folder("wan")))
     request, precision = adapter.complete(VideoRequest(prompt="x", **SMALL)), adapter.default_precision("cpu")
     free_bytes = {"cpu": GIB, "cuda:0": GIB, "cuda:1": GIB}
-    monkeypatch.setattr("pipedit.engine.intake.available_bytes", free_bytes.__getitem__)
+    monkeypatch.setattr("pipedit.engine.fitting.available_bytes", free_bytes.__getitem__)
     check_memory([request], adapter, ("cpu",), precision)
     check_memory([request], adapter, ("cuda:0", "cuda:1"), precision)
     with pytest.raises(InsufficientMemoryError, match=r"on 2 workers need about 1\.0 GiB .* would fit: 1 worker inst"):
@@ -168,7 +169,7 @@ def test_what_workers_in_other_processes_hold_counts_once(
 ) -> None:
     """After loading, less is free; the check goes by what was free before, weights and libraries included."""
     free = [2 * GIB]
-    monkeypatch.setattr("pipedit.engine.intake.available_bytes", lambda _device: free[0])
+    monkeypatch.setattr("pipedit.engine.fitting.available_bytes", lambda _device: free[0])
     engine, _ = make_engine(num_workers=2)
     engine.start()
     free[0] = 0

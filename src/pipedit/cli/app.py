@@ -15,6 +15,8 @@ from pipedit.cli.doctor import doctor
 from pipedit.cli.generate import EPILOG, generate, open_engine
 from pipedit.cli.models import models
 from pipedit.cli.options import Command, Group, switch
+from pipedit.cli.plan import EPILOG as PLAN_EPILOG
+from pipedit.cli.plan import plan
 from pipedit.cli.trace import trace
 from pipedit.core.version import __version__
 
@@ -33,6 +35,7 @@ app = typer.Typer(
 )
 app.command(cls=Command, epilog=EPILOG)(generate)
 app.command(cls=Command)(models)
+app.command(cls=Command, epilog=PLAN_EPILOG)(plan)
 app.command(cls=Command)(trace)
 app.command(cls=Command)(doctor)
 app.add_typer(bench, name="bench")

@@ -1,6 +1,7 @@
 """`pipedit bench`: measurements anybody can repeat. Every figure comes with the machine, the commit and the command."""
 
 import contextlib
+import dataclasses
 import enum
 import json
 import tempfile
@@ -11,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.table import Table
 
-from pipedit.cli.bench_tables import overlap_table, sequence_parallel_tables
+from pipedit.cli.bench_tables import disaggregation_tables, overlap_table, sequence_parallel_tables
 from pipedit.cli.console import session_of
 from pipedit.cli.options import Command, Group, JsonFlag
 from pipedit.core.errors import InvalidRequestError, PipeditError
@@ -133,8 +134,6 @@ def bench_device(
 ) -> None:
     """Rates of attention, linear layers and VAE decoding at a model's shapes: a device profile for planning."""
     _check_target(output)
-    import dataclasses
-
     from pipedit.bench.device import measure
     from pipedit.core.request import VideoRequest
     from pipedit.engine.engine import Engine
@@ -223,6 +222,70 @@ def bench_overlap(
             session.terminal.table(overlap_table(case))
         session.terminal.note(result["emulation"])
     _write(result, output)
+
+
+@bench.command("disaggregation", cls=Command)
+def bench_disaggregation(
+    context: typer.Context,
+    model: Model = "tiny",
+    random_model: RandomModel = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    num_frames: NumFrames = None,
+    height: Height = None,
+    width: Width = None,
+    steps: Annotated[
+        str, typer.Option(help="Mixes and their denoising steps.")
+    ] = "decode-heavy=2,balanced=6,denoise-heavy=16",
+    denoise_workers: Annotated[int, typer.Option(min=1, help="Workers that denoise where groups are apart.")] = 1,
+    decode_workers: Annotated[int, typer.Option(min=1, help="Workers that decode.")] = 1,
+    prompts: Annotated[int, typer.Option(min=2, help="Videos of each stream.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
+    rates: Annotated[
+        str | None, typer.Option(help="Also with so many Mbit/s between the workers, separated by commas; needs root.")
+    ] = None,
+    timeout_s: Annotated[float, typer.Option(min=1.0, help="Limit for the streams at one rate.")] = 1800.0,
+    as_json: JsonFlag = False,
+    output: Output = None,
+) -> None:
+    """A stream of prompts on the same workers, arranged in every way, against the bound and the simulator."""
+    _check_target(output)
+    from pipedit.bench import disaggregation
+
+    session = session_of(context)
+    with tempfile.TemporaryDirectory() as scratch:
+        plan = disaggregation.DisaggregationBench(
+            model=_model(model, random_model, Path(scratch)),
+            settings=_settings(num_frames, height, width, None, None),
+            steps=_mixes(steps),
+            denoise_workers=denoise_workers,
+            decode_workers=decode_workers,
+            prompts=prompts,
+            rounds=rounds,
+            device=device,
+            dtype=dtype,
+        )
+        result = disaggregation.run(plan)
+        if rates is not None:
+            limited = dataclasses.replace(
+                plan, only=("disaggregated", "disaggregated, aco auto", "disaggregated, aco on")
+            )
+            numbers = [number * 1e6 for number in _numbers(float, "--rates", rates)]
+            result["limited"] = disaggregation.run_limited(limited, numbers, timeout_s=timeout_s)
+    _name_random(result, random_model)
+    session.report.update(result)
+    if not as_json:
+        for table in disaggregation_tables(result):
+            session.terminal.table(table)
+    _write(result, output)
+
+
+def _mixes(text: str) -> dict[str, int]:
+    """ "balanced=6,denoise-heavy=16"."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name and steps.isdecimal() and int(steps) for name, _, steps in pairs):
+        raise InvalidRequestError([f"--steps {text} should be names with numbers, such as balanced=6,long=20"])
+    return {name: int(steps) for name, _, steps in pairs}
 
 
 def _settings(

@@ -114,3 +114,32 @@ def overlap_table(case: dict[str, Any]) -> Table:
                 hidden, f"{form['speed_up']['median']:.2f}", f"{kernels[form['chunks']]:.3f}",
             )  # fmt: skip
     return table
+
+
+def disaggregation_tables(result: dict[str, Any]) -> list[Table]:
+    """One for each mix, and for each mix at each rate of the link."""
+    tables = [_streams_table(name, mix) for name, mix in result["mixes"].items()]
+    for limited in result.get("limited", ()):
+        link = f"link of {limited['bits_per_s'] / 1e6:g} Mbit/s"
+        tables += [_streams_table(f"{name}, {link}", mix) for name, mix in limited["mixes"].items()]
+    return tables
+
+
+def _streams_table(name: str, mix: dict[str, Any]) -> Table:
+    title = f"{name}: {mix['num_inference_steps']} steps, bound {format_seconds(mix['bound_interval_s'])} a video"
+    table = Table(
+        "", "all videos", "a video (min to max)", "of the bound", "speed-up", "predicted", "levels off", title=title,
+        box=None,
+    )  # fmt: skip
+    for variant, figures in mix["variants"].items():
+        each, predicted = figures["interval_s"], figures["predicted"]
+        table.add_row(
+            variant,
+            format_seconds(figures["makespan_s"]["median"]),
+            f"{each['median']:.3f} s ({each['min']:.3f} to {each['max']:.3f})",
+            f"{figures['share_of_bound']['median'] * 100:.0f} %",
+            f"{figures['speedup_over_colocated']['median']:.2f}x",
+            f"{predicted['error'] * 100:+.0f} %",
+            str(figures["largest_difference"]),
+        )
+    return table

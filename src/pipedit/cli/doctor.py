@@ -271,7 +271,7 @@ def _weight_checks(name: str, adapter: ModelAdapter) -> Iterator[Check]:
 
 def _memory_check(adapter: ModelAdapter, num_workers: int) -> Check:
     """Whether the model's default video fits on the devices that "auto" takes."""
-    from pipedit.engine.intake import check_memory
+    from pipedit.engine.fitting import check_memory
     from pipedit.engine.settings import EngineSettings
     from pipedit.engine.sharing import choose_sharing
     from pipedit.plan.memory import Need, Room

@@ -11,7 +11,7 @@ from pipedit.cli.console import Session
 from pipedit.cli.order import Plan
 from pipedit.cli.progress import Display, make_display
 from pipedit.cli.render import Failure, Rendering, Result
-from pipedit.cli.summary import summarize, try_next
+from pipedit.cli.summary import peak_memory, summarize, try_next
 from pipedit.core.errors import PipeditError
 from pipedit.engine.engine import Engine
 from pipedit.engine.settings import setting_notes
@@ -30,6 +30,8 @@ def fulfil(session: Session, plan: Plan, *, like: str | None, trace: str | None)
         with display.busy("getting ready"):
             engine.prepare([job.request for job in plan.jobs])  # they were checked; this finds out whether they fit
             notes = setting_notes(plan.settings)
+        if engine.placing:
+            session.terminal.say(engine.placing)
         for note in notes:
             session.terminal.note(note)
         if like is not None:
@@ -44,9 +46,11 @@ def fulfil(session: Session, plan: Plan, *, like: str | None, trace: str | None)
             rendering = Rendering(engine, plan.jobs, display)
             results, failures = _run(session, rendering, display)
         timeline = _timeline(engine, rendering, plan)
+        peak_bytes, memory = engine.peak_bytes, peak_memory(engine.peak_bytes, engine.roles)
     report.update(load_s=load_s, total_s=time.perf_counter() - start_s)
+    report["peak_bytes"] = {str(rank): held for rank, held in peak_bytes.items()}
     if results:
-        session.terminal.say(summarize(results, load_s=load_s))
+        session.terminal.say(summarize(results, load_s=load_s, memory=memory))
     if trace is not None:  # after the summary, so that a full disk does not take that away too
         _write_trace(session, trace, timeline)
     if results and plan.settings.model == EMBEDDED:

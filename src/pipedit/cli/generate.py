@@ -35,18 +35,7 @@ def open_engine(settings: "EngineSettings") -> "Engine":
     """The engine of everyday use; tests bring another one."""
     from pipedit.engine.engine import Engine
 
-    return Engine(
-        settings.model,
-        num_workers=settings.num_workers,
-        ulysses_degree=settings.ulysses_degree,
-        ring_degree=settings.ring_degree,
-        cfg_degree=settings.cfg_degree,
-        pipesp_chunks=settings.pipesp_chunks,
-        device=settings.device,
-        dtype=settings.dtype,
-        vae_tiling=settings.vae_tiling,
-        compile_layers=settings.compile_layers,
-    )
+    return Engine.of(settings)
 
 
 def generate(
@@ -130,6 +119,63 @@ def generate(
             help=f"Workers that share each video; pipedit doctor --num-workers N lists the ways. {default('1')}",
         ),
     ] = None,
+    strategy: Annotated[
+        str | None,
+        option(
+            "--strategy",
+            panel=_RUN,
+            metavar="S",
+            help="colocated: every worker does everything; disaggregated: some denoise, others decode meanwhile. "
+            f"{default('auto')}",
+        ),
+    ] = None,
+    denoise_workers: Annotated[
+        int | None,
+        option("--denoise-workers", panel=_RUN, metavar="A", help="Of disaggregated workers, those that denoise."),
+    ] = None,
+    decode_workers: Annotated[
+        int | None,
+        option("--decode-workers", panel=_RUN, metavar="B", help="And those that decode."),
+    ] = None,
+    encode_on: Annotated[
+        str | None,
+        option(
+            "--encode-on",
+            panel=_RUN,
+            metavar="GROUP",
+            help=f"denoise or decode: where prompts are encoded. {default('by memory')}",
+        ),
+    ] = None,
+    aco: Annotated[
+        str | None,
+        option(
+            "--aco",
+            panel=_RUN,
+            metavar="A",
+            help=f"on, off: idle decode workers help with attention; auto: where that is faster. {default('auto')}",
+        ),
+    ] = None,
+    decode: Annotated[
+        str | None,
+        option(
+            "--decode",
+            panel=_RUN,
+            metavar="D",
+            help=f"spread: colocated workers decode together; serial: one of them does. {default('spread')}",
+        ),
+    ] = None,
+    offload: Annotated[
+        bool, switch("--offload", panel=_RUN, help="Keep weights in host memory while they are not used: slow, small.")
+    ] = False,
+    hardware: Annotated[
+        str | None,
+        option(
+            "--hardware",
+            panel=_RUN,
+            metavar="FILE",
+            help="What auto predicts with: a file of pipedit profile, or a name that pipedit plan knows.",
+        ),
+    ] = None,
     cfg_degree: Annotated[
         int | None,
         option(
@@ -210,6 +256,14 @@ def generate(
         "vae_tiling": vae_use_tiling or None,
         "compile_layers": enable_torch_compile or None,
         "num_workers": num_workers,
+        "strategy": strategy,
+        "denoise_workers": denoise_workers,
+        "decode_workers": decode_workers,
+        "encode_on": encode_on,
+        "aco": aco,
+        "decode": decode,
+        "offload": offload or None,
+        "hardware": hardware,
         "cfg_degree": cfg_degree,
         "ring_degree": ring_degree,
         "ulysses_degree": ulysses_degree,

@@ -61,7 +61,7 @@ def make_plan(order: Order) -> Plan:
     problems += found
     if not wishes and not problems:
         problems.append("there is no prompt; give one in quotes, or use --prompt-file")
-    settings = EngineSettings(**{**_engine_settings_of(like), **order.engine_flags})
+    settings = EngineSettings.of(**{**_engine_settings_of(like), **order.engine_flags})
     like_settings = like.settings if like is not None else {}
     requests = [with_seed(wish.request(like_settings, order.request_flags)) for wish in wishes]
     checked = check_input(settings, requests, labels_of(wishes))

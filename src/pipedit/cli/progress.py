@@ -46,8 +46,11 @@ class Display:
     def begin(self, job: Job, num_chunks: int) -> None:
         """Work on the video begins; it will be decoded in `num_chunks` chunks."""
 
-    def progress(self, job: Job, stage: str, done: int) -> None:
-        """`done` units of "encode", "denoise" or "decode" are finished."""
+    def progress(self, job: Job, stage: str, done: int, total: int) -> None:
+        """`done` of `total` units of "encode", "denoise" or "decode" are finished."""
+
+    def again(self, job: Job, error: Exception) -> None:
+        """The video begins again, because its workers were lost."""
 
     def end(self, job: Job) -> None:
         """The video is done or has failed."""
@@ -73,6 +76,11 @@ def describe_job(job: Job) -> Text:
     return Text.assemble((number, "dim"), (prompt, "bold"), (" · " + " · ".join(facts), "dim"))
 
 
+def _begins_again(job: Job, error: Exception) -> Text:
+    number = f"[{job.number}/{job.of}] " if job.of > 1 else ""
+    return Text(f"{number}begins again on fresh workers: {str(error).splitlines()[0]}")
+
+
 def _totals(job: Job, num_chunks: int) -> dict[str, int]:
     return {"encode": 1, "denoise": job.request.num_inference_steps or 1, "decode": num_chunks}
 
@@ -82,7 +90,6 @@ class LineDisplay(Display):
 
     def __init__(self, terminal: Terminal, clock: Callable[[], float] = time.monotonic) -> None:
         self._terminal, self._clock = terminal, clock
-        self._totals: dict[int, dict[str, int]] = {}
         self._began_s: dict[tuple[int, str], float] = {}
         self._last_line_s = 0.0
 
@@ -94,12 +101,11 @@ class LineDisplay(Display):
         self._terminal.say(f"loaded in {format_seconds(self._clock() - start_s)}")
 
     def begin(self, job: Job, num_chunks: int) -> None:
-        self._totals[job.number] = _totals(job, num_chunks)
         self._begin_stage(job, "encode")
         self._terminal.say(describe_job(job))
 
-    def progress(self, job: Job, stage: str, done: int) -> None:
-        total, now_s = self._totals[job.number][stage], self._clock()
+    def progress(self, job: Job, stage: str, done: int, total: int) -> None:
+        now_s = self._clock()
         spent_s = now_s - self._began_s[job.number, stage]
         if done == total:
             self._say(job, f"{stage} {done}/{total}, took {format_seconds(spent_s)}")
@@ -108,6 +114,10 @@ class LineDisplay(Display):
         elif now_s - self._last_line_s >= _LINE_EVERY_S:
             left_s = spent_s / done * (total - done)
             self._say(job, f"{stage} {done}/{total}, {format_seconds(left_s)} left")
+
+    def again(self, job: Job, error: Exception) -> None:
+        self._terminal.say(_begins_again(job, error))
+        self._begin_stage(job, "encode")
 
     def _begin_stage(self, job: Job, stage: str) -> None:
         self._began_s[job.number, stage] = self._last_line_s = self._clock()
@@ -123,7 +133,6 @@ class BarDisplay(Display):
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
         self._tasks: dict[int, dict[str, TaskID]] = {}
-        self._totals: dict[int, dict[str, int]] = {}
         # stdout stays as it is: rich would send what is printed there to stderr.
         self._bars = Bars(
             TextColumn("  {task.description:<8}"),
@@ -157,16 +166,21 @@ class BarDisplay(Display):
     def begin(self, job: Job, num_chunks: int) -> None:
         self._terminal.err.print(describe_job(job), soft_wrap=True)
         self._bars.start()  # no effect if they are there already
-        totals = self._totals[job.number] = _totals(job, num_chunks)
         self._tasks[job.number] = {
-            stage: self._bars.add_task(stage, total=total, start=stage == "encode") for stage, total in totals.items()
+            stage: self._bars.add_task(stage, total=total, start=stage == "encode")
+            for stage, total in _totals(job, num_chunks).items()
         }
 
-    def progress(self, job: Job, stage: str, done: int) -> None:
-        tasks, totals = self._tasks[job.number], self._totals[job.number]
-        self._bars.update(tasks[stage], completed=done)
-        if done == totals[stage] and stage in _FOLLOWING:
+    def progress(self, job: Job, stage: str, done: int, total: int) -> None:
+        tasks = self._tasks[job.number]
+        self._bars.update(tasks[stage], completed=done, total=total)
+        if done == total and stage in _FOLLOWING:
             self._bars.start_task(tasks[_FOLLOWING[stage]])
+
+    def again(self, job: Job, error: Exception) -> None:
+        self._terminal.err.print(_begins_again(job, error), soft_wrap=True)
+        for task in self._tasks[job.number].values():
+            self._bars.update(task, completed=0)
 
     def end(self, job: Job) -> None:
         for task in self._tasks.pop(job.number, {}).values():

@@ -16,7 +16,7 @@ from pipedit.core.parallel import ParallelConfig
 from pipedit.core.request import VideoRequest
 from pipedit.core.spans import Span
 from pipedit.engine.engine import Engine
-from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Progress, Update
+from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Progress, Restarted, Update
 from pipedit.media import FrameWriter, open_writer
 
 STAGES = ("encode", "denoise", "decode", "write")  # in the order of work
@@ -120,7 +120,9 @@ class Rendering:
         match update:
             case Progress():
                 self._begin(video)
-                self._display.progress(video.job, update.stage, update.done)
+                self._display.progress(video.job, update.stage, update.done, update.total)
+            case Restarted():
+                self._display.again(video.job, update.error)
             case Frames():
                 with self._writing(update.request_id):
                     video.writer.write(update.frames)

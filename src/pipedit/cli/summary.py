@@ -1,6 +1,6 @@
 """What is told at the end: time per stage of each video, and what to try next. For people, on stderr."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -9,6 +9,7 @@ from rich.text import Text
 
 from pipedit.cli.render import STAGES, Result
 from pipedit.core.parallel import ParallelConfig
+from pipedit.core.placement import Role
 from pipedit.core.units import format_bytes, format_seconds
 
 _TRY_NEXT = (
@@ -17,12 +18,31 @@ _TRY_NEXT = (
 )
 
 
-def summarize(results: Sequence[Result], *, load_s: float) -> RenderableType:
-    """One video: a row for each stage. Several: a row for each video."""
+def summarize(results: Sequence[Result], *, load_s: float, memory: str = "") -> RenderableType:
+    """One video: a row for each stage. Several: a row for each video. `memory`: see `peak_memory`."""
+    held = [Text(memory, style="dim")] if memory else []
     if len(results) == 1:
-        return Group(_facts(results[0]), *_sharing(results), _stage_rows(results[0], load_s))
+        return Group(_facts(results[0]), *_sharing(results), _stage_rows(results[0], load_s), *held)
     loaded = Text(f"weights loaded in {format_seconds(load_s)}", style="dim") if load_s else Text()
-    return Group(_video_rows(results), *_sharing(results), loaded)
+    return Group(_video_rows(results), *_sharing(results), loaded, *held)
+
+
+def peak_memory(peak_bytes: Mapping[int, int], roles: Callable[[int], tuple[Role, ...]]) -> str:
+    """The most memory that a worker of each kind has held: "peak memory: 1.2 GB a denoiser, 0.4 GB an encoder and
+    decoder". Empty where nobody measured."""
+    kinds: dict[tuple[Role, ...], int] = {}
+    for rank, held in sorted(peak_bytes.items()):
+        kinds[roles(rank)] = max(held, kinds.get(roles(rank), 0))
+    if not any(kinds.values()):
+        return ""
+    if len(kinds) == 1:
+        return f"peak memory: {format_bytes(max(kinds.values()))} a worker"
+    named = (f"{format_bytes(held)} {_article(' and '.join(kind))}" for kind, held in kinds.items())
+    return f"peak memory: {', '.join(named)}"
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def try_next() -> RenderableType:

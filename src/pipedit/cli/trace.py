@@ -1,4 +1,4 @@
-"""`pipedit trace`: a timeline as a picture and as numbers."""
+"""`pipedit trace`: a timeline as a picture and as numbers; how far a predicted one is from the measured one."""
 
 import dataclasses
 from pathlib import Path
@@ -8,11 +8,13 @@ import typer
 from rich import box
 from rich.table import Table
 
-from pipedit.cli.console import session_of
+from pipedit.cli.console import Session, session_of
 from pipedit.cli.options import JsonFlag, default, option
 from pipedit.core.errors import InvalidRequestError
 from pipedit.core.units import format_bytes, format_seconds
+from pipedit.plan.comparison import Comparison, KindOfWork, compare, of_requests
 from pipedit.plan.timeline import Stage, Timeline, stage_table
+from pipedit.plan.timeline_layout import Panel
 from pipedit.plan.trace_file import read_trace
 
 
@@ -24,8 +26,17 @@ def trace(
         option(
             "--output",
             "-o",
+            "--picture",
             metavar="PICTURE",
-            help=f"Where to draw it, .svg or .png. {default('FILE with the ending .svg')}",
+            help=f"Where to draw it, .svg or .png. {default('FILE with the ending .svg; with --compare, nowhere')}",
+        ),
+    ] = None,
+    predicted: Annotated[
+        str | None,
+        option(
+            "--compare",
+            metavar="PREDICTED",
+            help="A trace of pipedit simulate: print how far it is from FILE, by kind of work, and draw it above.",
         ),
     ] = None,
     as_json: JsonFlag = False,
@@ -35,33 +46,100 @@ def trace(
 ) -> None:
     """Draw the timeline of a run as a picture and print the time of each stage.
 
-    FILE is what pipedit generate --trace wrote. A picture that exists is replaced.
+    FILE is what pipedit generate --trace or pipedit simulate --trace wrote. A picture that exists is replaced.
     """
     session = session_of(context)
     session.terminal.quiet = quiet
     if not Path(file).name:
         raise InvalidRequestError([f'"{file}" names no file; give the one that pipedit generate --trace wrote'])
+    if predicted is not None:
+        _compare(session, predicted, file, output, as_json=as_json)
+        return
     picture = output if output is not None else str(Path(file).with_suffix(".svg"))
-    timeline = _draw(file, picture)
+    (timeline,) = _read(file, picture=picture)
+    _draw(session, [Panel(timeline=timeline)], picture)
     session.report.update(_report(timeline), picture=picture)
     if not as_json:
         session.terminal.table(_table(timeline))
+
+
+def _read(*files: str, picture: str | None) -> list[Timeline]:
+    """Raises InvalidRequestError with what is wrong with any of the files, and with the picture's name."""
+    from pipedit.media import check_picture
+
+    timelines: list[Timeline] = []
+    problems: list[str] = []
+    for file in files:
+        try:
+            timelines.append(read_trace(file))
+        except InvalidRequestError as error:
+            problems += error.problems
+    problems += [] if picture is None else check_picture(picture)
+    if problems:
+        raise InvalidRequestError(problems)
+    return timelines
+
+
+def _draw(session: Session, panels: list[Panel], picture: str) -> None:
+    from pipedit.media import save_picture
+
+    save_picture(panels, picture)
     session.terminal.say(f"drawn in {picture}")
 
 
-def _draw(file: str, picture: str) -> Timeline:
-    """Reads the trace and draws it. Raises InvalidRequestError with what is wrong with either file."""
-    from pipedit.media import check_picture, save_picture
+# -- predicted and measured ---------------------------------------------------------------------------------------
 
-    problems = check_picture(picture)
-    try:
-        timeline = read_trace(file)
-    except InvalidRequestError as error:
-        raise InvalidRequestError([*error.problems, *problems]) from error
-    if problems:
-        raise InvalidRequestError(problems)
-    save_picture(timeline, picture)
-    return timeline
+
+def _compare(session: Session, predicted: str, measured: str, picture: str | None, *, as_json: bool) -> None:
+    timelines = dict(zip(("predicted", "measured"), _read(predicted, measured, picture=picture), strict=True))
+    comparison = compare(timelines["predicted"], timelines["measured"])
+    session.report.update(comparison.as_json(), picture=picture)
+    if not as_json:
+        session.terminal.table(_comparison_table(comparison))
+    if picture is not None:
+        panels = [Panel(timeline=of_requests(timeline), title=title) for title, timeline in timelines.items()]
+        _draw(session, panels, picture)
+
+
+def _comparison_table(comparison: Comparison) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for name in ("predicted", "measured", "error", "predicted", "measured"):
+        table.add_column(name, justify="right", no_wrap=True)
+    predicted, measured = comparison.predicted, comparison.measured
+    for what in comparison.kinds:
+        sides = (predicted.kinds.get(what), measured.kinds.get(what))
+        table.add_row(what, *map(_each, sides), signed_percent(comparison.error(what)), *map(_count, sides))
+    makespans = (format_seconds(predicted.makespan_s), format_seconds(measured.makespan_s))
+    table.add_row("makespan", *makespans, signed_percent(comparison.makespan_error))
+    for group in comparison.groups:
+        name = "ranks idle" if group == "all" else f"{group} ranks idle"
+        idle = [_percent(side.idle.get(group)) for side in (predicted, measured)]
+        table.add_row(name, *idle, _points(comparison.idle_error(group)))
+    return table
+
+
+def _each(kind: KindOfWork | None) -> str:
+    return "" if kind is None else format_seconds(kind.each_s)
+
+
+def _count(kind: KindOfWork | None) -> str:
+    return "" if kind is None else f"{kind.count} × = {format_seconds(kind.total_s)}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}".replace("%", " %")
+
+
+def signed_percent(share: float | None) -> str:
+    return "" if share is None else f"{share:+.1%}".replace("%", " %")
+
+
+def _points(share: float | None) -> str:
+    return "" if share is None else f"{share * 100:+.1f} points"
+
+
+# -- one timeline -------------------------------------------------------------------------------------------------
 
 
 def _report(timeline: Timeline) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from collections.abc import Collection, Iterable
 
 from pipedit.core import messages
 from pipedit.core.errors import PipeditError, WorkerDiedError
-from pipedit.core.placement import Placement, Role
+from pipedit.core.placement import Placement
 from pipedit.core.request import VideoRequest
 from pipedit.core.spans import Span
-from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Progress, Update
+from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Progress, Restarted, Update
 from pipedit.executor.base import Executor
-from pipedit.plan.scheduler import Phase, RequestScheduler, Work
+from pipedit.plan.jobs import Phase, Work
+from pipedit.plan.scheduler import Policy, RequestScheduler
 
 RECEIVE_TIMEOUT_S = 5.0
 MAX_SPANS = 200_000  # about 100 MiB; an engine that serves for weeks keeps the newest ones
@@ -23,10 +24,11 @@ MAX_SPANS = 200_000  # about 100 MiB; an engine that serves for weeks keeps the 
 
 @dataclasses.dataclass(kw_only=True)
 class _Running:
-    """A request under way: how many frames were handed out, and seconds spent by kind of work."""
+    """A request under way: how many frames were decoded (again, if it had to begin again) and handed out, and seconds
+    spent by kind of work."""
 
     request: VideoRequest
-    work: Work
+    frames_decoded: int = 0
     frames_out: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -34,22 +36,25 @@ class _Running:
 class Driver:
     """One thread calls it; only `cancel` may be called from another.
 
-    When workers die, requests that had begun fail; the others wait until `start` is called again.
+    When workers die, the request that one of them worked on fails; the others wait until `start` is called again.
     """
 
-    def __init__(self, placement: Placement) -> None:
-        self._placement = placement
-        self._scheduler = RequestScheduler(placement)
+    def __init__(self, placement: Placement, policy: Policy) -> None:
+        self._scheduler = RequestScheduler(placement, policy)
         self._running: dict[str, _Running] = {}
         self._news: collections.deque[Update] = collections.deque()
         self._to_cancel: collections.deque[str] = collections.deque()  # filled by any thread, emptied by `turn`
         self._is_turning = False
+        self._unwanted: set[str] = set()  # dropped in the midst of another thread's turn, which sees to them
         self.has_workers = False
         self.spans: collections.deque[Span] = collections.deque(maxlen=MAX_SPANS)
+        self.peak_bytes: dict[int, int] = {}  # rank -> the most memory that it held
 
     def submit(self, request_id: str, request: VideoRequest, work: Work) -> None:
+        """Raises PipeditError, with nothing queued, while another thread turns."""
+        self._refuse_second_thread()
         self._scheduler.submit(request_id, request, work)
-        self._running[request_id] = _Running(request=request, work=work)
+        self._running[request_id] = _Running(request=request)
 
     def cancel(self, request_id: str) -> None:
         self._to_cancel.append(request_id)
@@ -79,8 +84,7 @@ class Driver:
     def turn(self, executor: Executor | None) -> None:
         """Sends what can be sent, and waits for one answer if any is owed. Without workers, only takes note of what was
         cancelled. Raises PipeditError if two threads turn."""
-        if self._is_turning:
-            raise PipeditError("another thread is using this engine; an engine works for one thread at a time")
+        self._refuse_second_thread()
         self._is_turning = True
         try:
             while self._to_cancel:
@@ -93,7 +97,12 @@ class Driver:
         except WorkerDiedError as error:
             self.lose_workers(error)
         finally:
+            self._forget_unwanted()
             self._is_turning = False
+
+    def _refuse_second_thread(self) -> None:
+        if self._is_turning:
+            raise PipeditError("another thread is using this engine; an engine works for one thread at a time")
 
     def _exchange(self, executor: Executor) -> None:
         executor.check()  # a worker that died while there was nothing to do costs no request
@@ -108,6 +117,11 @@ class Driver:
         self.has_workers = False
         self._scheduler.lose_workers(error)
         self._note_endings()
+        for request_id, running in self._running.items():
+            job = self._scheduler.job(request_id)
+            if running.seconds and job.phase is Phase.QUEUED:  # it had begun
+                running.frames_decoded, running.seconds = 0, {}
+                self._news.append(Restarted(request_id=request_id, error=error))
 
     def abandon(self) -> None:
         """The workers were stopped for good: ends every request, so that nobody waits for an answer in flight."""
@@ -115,40 +129,61 @@ class Driver:
         self._scheduler.abandon()
 
     def drop(self, request_ids: Iterable[str], executor: Executor | None) -> None:
-        """Cancels what nobody waits for any more, and lets the workers forget it."""
+        """Cancels what nobody waits for any more, and lets the workers forget it. In the midst of another thread's
+        turn, leaves it to that thread."""
         ids = set(request_ids)
         for request_id in ids & self._running.keys():
             self.cancel(request_id)
+        self._unwanted |= ids
+        if self._is_turning:
+            return
         while ids & self._running.keys() or (self.has_workers and any(map(self._scheduler.is_held, ids))):
             self.turn(executor)
-        self._news = collections.deque(update for update in self._news if update.request_id not in ids)
+        self._forget_unwanted()
+
+    def _forget_unwanted(self) -> None:
+        """Takes back the news of requests that were dropped; those that are still under way will make more."""
+        unwanted = set(self._unwanted)
+        self._news = collections.deque(update for update in self._news if update.request_id not in unwanted)
+        self._unwanted -= unwanted - self._running.keys()
 
     def _note(self, event: messages.Event) -> None:
         self.spans += event.spans
-        self._scheduler.receive(event)
+        self.peak_bytes[event.rank] = max(event.peak_bytes, self.peak_bytes.get(event.rank, 0))
         running = self._running.get(event.request_id)
-        if running is None:
+        command = None if running is None else self._scheduler.job(event.request_id).in_flight
+        self._scheduler.receive(event)
+        if running is None or command is None:
             return
-        for span in event.spans:
-            # Ranks work at the same time: one of them tells how long it took.
-            if span.rank == self._placement.ranks(Role(span.role))[0]:
+        if event.rank == command.ranks[0]:  # ranks work at the same time: one of them tells how long it took
+            for span in event.spans:
                 running.seconds[span.what] = running.seconds.get(span.what, 0.0) + span.duration_s
-        match event:
-            case messages.Encoded() if self._leads(event, Role.ENCODER):
-                self._progress(event, "encode", 1, 1)
-            case messages.StepDone() if self._leads(event, Role.DENOISER):
-                self._progress(event, "denoise", event.step + 1, running.work.num_steps)
-            case messages.ChunkDecoded() if event.frames is not None:
-                frames = Frames(request_id=event.request_id, first=running.frames_out, frames=event.frames)
-                self._news.append(frames)
-                running.frames_out += len(event.frames)
-                self._progress(event, "decode", event.chunk + 1, running.work.num_chunks)
+            self._progress(event)
+        if isinstance(event, messages.ChunkDecoded) and event.frames is not None:
+            self._hand_out(running, event)
 
-    def _progress(self, event: messages.Event, stage: str, done: int, total: int) -> None:
+    def _progress(self, event: messages.Event) -> None:
+        job = self._scheduler.job(event.request_id)
+        match event:
+            case messages.Encoded():
+                stage, done, total = "encode", 1, 1
+            case messages.StepDone():
+                stage, done, total = "denoise", event.step + 1, job.work.num_steps
+            case messages.ChunkDecoded():
+                stage, done, total = "decode", event.chunk + 1, job.work.chunks(len(job.decoders))
+            case _:
+                return
         self._news.append(Progress(request_id=event.request_id, stage=stage, done=done, total=total))
 
-    def _leads(self, event: messages.Event, role: Role) -> bool:
-        return event.rank == self._placement.ranks(role)[0]
+    def _hand_out(self, running: _Running, event: messages.ChunkDecoded) -> None:
+        """The frames that were not handed out yet: after a new beginning the first ones were."""
+        assert event.frames is not None
+        known = max(running.frames_out - running.frames_decoded, 0)
+        running.frames_decoded += len(event.frames)
+        if known < len(event.frames):
+            frames = event.frames[known:]
+            self._news.append(Frames(request_id=event.request_id, first=running.frames_out, frames=frames))
+            running.frames_out += len(frames)
 
     def _note_endings(self) -> None:
         """Last news of requests that have ended."""

@@ -16,19 +16,14 @@ import numpy as np
 
 from pipedit.core.errors import CancelledError, InvalidRequestError, PipeditError
 from pipedit.core.parallel import AUTO, ParallelConfig
-from pipedit.core.placement import Placement
+from pipedit.core.placement import Placement, Role
 from pipedit.core.request import VideoRequest
 from pipedit.core.version import __version__
 from pipedit.engine.driver import Driver
-from pipedit.engine.intake import (
-    check_memory,
-    complete_requests,
-    free_memory,
-    make_requests,
-    request_problems,
-    with_seed,
-)
-from pipedit.engine.settings import EngineSettings, default_num_workers, open_adapter, workers_here
+from pipedit.engine.fitting import check_memory, free_memory
+from pipedit.engine.intake import complete_requests, make_requests, request_problems, with_seed
+from pipedit.engine.placing import placement_of, policy_of, settle
+from pipedit.engine.settings import DecodeMode, EngineSettings, open_adapter, workers_here
 from pipedit.engine.sharing import choose_sharing
 from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Update
 from pipedit.engine.video import Video
@@ -38,7 +33,8 @@ from pipedit.executor.launched import Launch, find_launch, follow
 from pipedit.media import VideoMetadata
 from pipedit.models.adapter import Precision
 from pipedit.models.registry import EMBEDDED, fetch_weights
-from pipedit.plan.scheduler import Work
+from pipedit.plan.aco_gate import AcoMode
+from pipedit.plan.jobs import Work
 from pipedit.plan.timeline import Timeline
 from pipedit.worker.device import resolve_device, worker_devices
 from pipedit.worker.settings import WorkerSettings
@@ -71,6 +67,14 @@ class Engine:
         model: str | Path = EMBEDDED,
         *,
         num_workers: int | None = None,
+        strategy: str | None = None,
+        denoise_workers: int | None = None,
+        decode_workers: int | None = None,
+        encode_on: str | None = None,
+        aco: str = AcoMode.AUTO,
+        decode: str = DecodeMode.SPREAD,
+        offload: bool = False,
+        hardware: str | Path | None = None,
         ulysses_degree: int | None = None,
         ring_degree: int | None = None,
         cfg_degree: int | None = None,
@@ -81,9 +85,17 @@ class Engine:
         compile_layers: bool = False,
         executor: Executor | None = None,
     ) -> None:
-        self.settings = EngineSettings(
+        settings = EngineSettings.of(
             model=str(model),
-            num_workers=default_num_workers() if num_workers is None else num_workers,
+            num_workers=num_workers,
+            strategy=strategy,
+            denoise_workers=denoise_workers,
+            decode_workers=decode_workers,
+            encode_on=encode_on,
+            aco=aco,
+            decode=decode,
+            offload=offload,
+            hardware=None if hardware is None else str(hardware),
             ulysses_degree=ulysses_degree,
             ring_degree=ring_degree,
             cfg_degree=cfg_degree,
@@ -93,12 +105,24 @@ class Engine:
             vae_tiling=vae_tiling,
             compile_layers=compile_layers,
         )
+        self._set_up(settings, executor)
+
+    @classmethod
+    def of(cls, settings: EngineSettings, executor: Executor | None = None) -> Self:
+        """The engine of settings that somebody else has put together."""
+        engine = cls.__new__(cls)
+        engine._set_up(settings, executor)
+        return engine
+
+    def _set_up(self, settings: EngineSettings, executor: Executor | None) -> None:
+        self.settings = settings
         self.adapter = open_adapter(self.settings)
         self._launch = _joined_launch(self.settings) if executor is None else None
         self._executor, self._closed = executor, False
         self._follows, self._has_followed = self._launch is not None and self._launch.rank > 0, False
         self._placement = Placement.colocated(self.settings.num_workers)
-        self._driver = Driver(self._placement)
+        self._driver = Driver(self._placement, policy_of(self.settings))
+        self._is_placed, self.placing = False, ""
         self._ids = (f"request-{number}" for number in itertools.count(1))
         self._free_bytes: dict[str, int] | None = None  # before workers in other processes were loaded
         self._owned: set[str] = set()  # requests whose updates belong to an iterator of `generate` or `stream`
@@ -144,21 +168,32 @@ class Engine:
         if problems:
             raise InvalidRequestError(problems)
         if not self._follows:
+            self._place(complete)
             self._check_memory(complete)  # only now: it may import torch, and wrong input should be answered before
         return [with_seed(request) for request in complete]
 
-    def submit(self, request: VideoRequest) -> str:
-        """Queues a prepared request and returns its id; `updates` does the work."""
+    def submit(self, request: VideoRequest, *, priority: int = 0) -> str:
+        """Queues a prepared request and returns its id; `updates` does the work. Higher priorities go first, even
+        between two steps of another request."""
         assert request.num_inference_steps is not None and request.seed is not None, "prepare the request first"
         self._check_open()
         request_id = next(self._ids)
-        work = Work(
-            num_steps=request.num_inference_steps,
-            num_chunks=self.num_decode_chunks(request),
-            parallel=self.sharing(request),
-        )
-        self._driver.submit(request_id, request, work)
+        self._driver.submit(request_id, request, self.work(request, priority=priority))
         return request_id
+
+    def work(self, request: VideoRequest, *, priority: int = 0) -> Work:
+        """What the scheduler is told of a prepared request."""
+        assert request.num_inference_steps is not None
+        layout, guided = self.adapter.token_layout(request), self.adapter.uses_guidance(request)
+        return Work(
+            num_steps=request.num_inference_steps,
+            num_chunks=self.adapter.num_decode_chunks(request, 1),
+            num_chunks_spread=self.num_decode_chunks(request),
+            parallel=self.sharing(request),
+            heads=self.adapter.heads,
+            shape=(layout.latent_tokens, layout.text_tokens, guided),
+            priority=priority,
+        )
 
     def cancel(self, request_id: str) -> None:
         """Stops the request within one step; its last update is then Cancelled. Any thread may call it."""
@@ -177,6 +212,7 @@ class Engine:
                 self._has_followed = True
                 follow(self._launch)
         elif not self._driver.has_workers:
+            self._place(())
             self.fetch()
             self._executor = self._executor or self._make_executor()
             if self.settings.num_workers > 1:
@@ -212,12 +248,21 @@ class Engine:
                 "dtype": dataclasses.asdict(self.precision),
                 "vae_tiling": self.settings.vae_tiling,
                 "num_workers": self.settings.num_workers,
+                "strategy": str(self.settings.strategy),
                 "parallel": dataclasses.asdict(self.sharing(request)),
             },
         )
 
+    @property
+    def peak_bytes(self) -> dict[int, int]:
+        """The most memory that each worker has held so far, by rank: on its device, or on the CPU in its process."""
+        return dict(self._driver.peak_bytes)
+
+    def roles(self, rank: int) -> tuple[Role, ...]:
+        return self._placement.roles(rank)
+
     def num_decode_chunks(self, request: VideoRequest) -> int:
-        """How many pieces the frames of a prepared request come in."""
+        """How many pieces the frames of a prepared request come in, where all decoders share the work."""
         return self.adapter.num_decode_chunks(request, len(self._placement.decoders))
 
     def sharing(self, request: VideoRequest) -> ParallelConfig:
@@ -237,6 +282,18 @@ class Engine:
         return Precision(text_encoder=dtype, transformer=dtype, vae=dtype)
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _place(self, requests: Sequence[VideoRequest]) -> None:
+        """Settles who does what, once: what the settings leave open is chosen for these requests."""
+        if self._is_placed:
+            return
+        free = free_memory(self._devices)
+        available = min(free[device] // self._devices.count(device) for device in free)
+        self.settings, self.placing = settle(
+            self.settings, self.adapter, requests, self.precision, available_bytes=available
+        )
+        self._placement, self._is_placed = placement_of(self.settings), True
+        self._driver = Driver(self._placement, policy_of(self.settings))
 
     def _collect(self, requests: Sequence[VideoRequest]) -> Iterator[Video]:
         if self._follows:
@@ -317,6 +374,7 @@ class Engine:
             precision=self.precision,
             vae_tiling=self.settings.vae_tiling,
             compile_layers=self.settings.compile_layers,
+            offload=self.settings.offload,
         )
         return make_executor(self.adapter, settings, self._placement, self._launch)
 
@@ -326,9 +384,11 @@ class Engine:
             self.adapter,
             self._devices,
             self.precision,
+            placement=self._placement,
             sharing=self.sharing,
             free_bytes=self._free_bytes,
             tiling=self.settings.vae_tiling,
+            offload=self.settings.offload,
             is_loaded=self._driver.has_workers and self._free_bytes is None,
         )
 

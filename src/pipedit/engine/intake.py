@@ -1,24 +1,21 @@
-"""From what a caller says to requests that can run: names checked, defaults and seeds filled, sizes and memory checked.
+"""From what a caller says to requests that can run: names checked, defaults and seeds filled, sizes checked.
 
-Nothing here loads weights, and nothing but the memory check and CUDA devices needs torch.
+Nothing here loads weights, and only CUDA devices need torch.
 """
 
 import dataclasses
 import difflib
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from pipedit.core.errors import CheckpointError, InsufficientMemoryError, InvalidRequestError
-from pipedit.core.parallel import ParallelConfig
+from pipedit.core.errors import CheckpointError, InvalidRequestError
 from pipedit.core.request import FIELD_NAMES, VideoRequest
 from pipedit.engine.settings import EngineSettings, setting_problems
 from pipedit.engine.sharing import sharing_problems
-from pipedit.models.adapter import ModelAdapter, Precision
+from pipedit.models.adapter import ModelAdapter
 from pipedit.models.registry import open_model, weight_problems
 from pipedit.models.validation import check_request, check_values
-from pipedit.plan.memory import Need, NeedOf, Room, SizeLadder, memory_problem
-from pipedit.worker.device import available_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,59 +84,6 @@ def request_problems(
         problems = check_request(request, adapter)
         found.append([*problems, *sharing_problems(request, adapter, settings, has_sound_size=not problems)])
     return _labelled(found, labels)
-
-
-def free_memory(devices: Sequence[str]) -> dict[str, int]:
-    """Bytes by device. What another process keeps for later use counts as used: for workers in processes of their own,
-    measure before they load."""
-    return {device: available_bytes(device) for device in devices}
-
-
-def _alone(_request: VideoRequest) -> ParallelConfig:
-    return ParallelConfig()
-
-
-def check_memory(
-    requests: Sequence[VideoRequest],
-    adapter: ModelAdapter,
-    devices: Sequence[str],
-    precision: Precision,
-    *,
-    sharing: Callable[[VideoRequest], ParallelConfig] = _alone,
-    free_bytes: Mapping[str, int] | None = None,
-    tiling: bool = False,
-    is_loaded: bool = False,
-) -> None:
-    """Raises InsufficientMemoryError, with what would fit, for completed requests that are too large for the devices.
-
-    `devices` has one entry for each worker; workers on one device share its memory. `sharing` says how they share a
-    request. `free_bytes`: as `free_memory` measured it, else what is free now. `tiling`: the VAE decodes in spatial
-    tiles. `is_loaded`: libraries and weights are out of the free memory already.
-    """
-    free_bytes = free_bytes or free_memory(devices)
-    fullest = min(free_bytes, key=lambda device: free_bytes[device] // devices.count(device))  # workers need the same
-
-    def need(shared: ParallelConfig, num_workers: int, *, tiling: bool) -> NeedOf:
-        decoders = shared.world_size
-        return lambda r: Need.of(
-            adapter.cost(r, precision, tiling=tiling, decoders=decoders), shared, num_workers=num_workers
-        )
-
-    rules = adapter.size_rules
-    ladder = SizeLadder(frame_step=rules.frame_step, size_multiple=rules.size_multiple)
-    room = Room(available_bytes=free_bytes[fullest], is_loaded=is_loaded)
-    num_workers, problems = devices.count(fullest), []
-    for request in requests:
-        shared, ways_out = sharing(request), {}
-        if not tiling:
-            tiled = need(shared, num_workers, tiling=True)
-            ways_out["spatial tiling of the VAE (--vae-use-tiling, vae_tiling=True)"] = tiled
-        if num_workers > 1 and not is_loaded:
-            ways_out["1 worker instead"] = need(ParallelConfig(), 1, tiling=tiling)
-        whole = need(shared, num_workers, tiling=tiling)
-        problems.append(memory_problem(request, whole, room, ladder, ways_out))
-    if found := [text for text in dict.fromkeys(problems) if text is not None]:
-        raise InsufficientMemoryError("\n".join(found))
 
 
 def with_seed(request: VideoRequest) -> VideoRequest:

@@ -1,12 +1,15 @@
 """How to run, as the user said it, and what can be wrong with that. Knows no requests."""
 
 import dataclasses
+import enum
+from typing import Any
 
 from pipedit.core.errors import InvalidRequestError
 from pipedit.core.parallel import AUTO
 from pipedit.executor.launched import find_launch
 from pipedit.models.adapter import ModelAdapter
 from pipedit.models.registry import EMBEDDED, open_model
+from pipedit.plan.aco_gate import AcoMode
 from pipedit.plan.degrees import Wanted, degree_problems
 from pipedit.worker.device import device_problems, resolve_device, worker_problems
 from pipedit.worker.machine import usable_cores
@@ -18,16 +21,43 @@ def default_num_workers() -> int:
     return 1 if launch is None else launch.world_size
 
 
+class Strategy(enum.StrEnum):
+    """AUTO: chosen for the first requests and kept."""
+
+    AUTO = "auto"
+    COLOCATED = "colocated"
+    DISAGGREGATED = "disaggregated"
+
+
+class DecodeMode(enum.StrEnum):
+    """How colocated workers decode: all of them share each video, or one of them does and the others wait."""
+
+    SPREAD = "spread"
+    SERIAL = "serial"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineSettings:
     """How to run, as the user said it. Nothing here changes the video, except `dtype` and `vae_tiling`.
 
-    The degrees multiply to `num_workers`; None: chosen for each request. `pipesp_chunks`: a number, or "auto" (see
-    ParallelConfig).
+    `strategy`: every worker does everything ("colocated"), or `denoise_workers` denoise and `decode_workers` decode
+    ("disaggregated"; they add up to `num_workers`). There, `encode_on` says which of the two groups encodes prompts
+    ("denoise" or "decode"; None: by memory), and `aco` whether decoders that are idle help with attention. The degrees
+    multiply to the workers that denoise; None: chosen for each request. `pipesp_chunks`: a number, or "auto" (see
+    ParallelConfig). `offload`: weights stay in host memory and come to the device for their stage. `hardware`: what
+    "auto" predicts with, a file that `pipedit profile` has written; without it nothing is predicted.
     """
 
     model: str = EMBEDDED
     num_workers: int = dataclasses.field(default_factory=default_num_workers)
+    strategy: str = Strategy.AUTO
+    denoise_workers: int | None = None
+    decode_workers: int | None = None
+    encode_on: str | None = None
+    aco: str = AcoMode.AUTO
+    decode: str = DecodeMode.SPREAD
+    offload: bool = False
+    hardware: str | None = None
     ulysses_degree: int | None = None
     ring_degree: int | None = None
     cfg_degree: int | None = None
@@ -36,6 +66,23 @@ class EngineSettings:
     dtype: str = "auto"
     vae_tiling: bool = False
     compile_layers: bool = False
+
+    @classmethod
+    def of(cls, **given: Any) -> "EngineSettings":
+        """Settings of which some are given (None: not). What follows from those is filled in: the third of three worker
+        counts, and the strategy that they mean."""
+        given = {name: value for name, value in given.items() if value is not None}
+        denoise, decode = (_whole(given.get(name)) for name in ("denoise_workers", "decode_workers"))
+        if denoise is not None and decode is not None and find_launch() is None:
+            given.setdefault("num_workers", denoise + decode)
+        if denoise is not None or decode is not None:
+            given.setdefault("strategy", Strategy.DISAGGREGATED)
+            workers = _whole(given["num_workers"] if "num_workers" in given else default_num_workers())
+            if workers is not None and decode is None and denoise is not None:
+                given["decode_workers"] = workers - denoise
+            if workers is not None and denoise is None and decode is not None:
+                given["denoise_workers"] = workers - decode
+        return cls(**given)
 
     @property
     def wanted(self) -> Wanted:
@@ -46,6 +93,22 @@ class EngineSettings:
             pipesp_chunks=self.pipesp_chunks,
         )
 
+    @property
+    def is_placed(self) -> bool:
+        """Whether it is known who does what."""
+        return self.strategy == Strategy.COLOCATED or (
+            self.strategy == Strategy.DISAGGREGATED and self.denoise_workers is not None and self.encode_on is not None
+        )
+
+    @property
+    def num_denoisers(self) -> int:
+        """Workers that share each denoising step; as long as that is open, all of them."""
+        return self.num_workers if self.denoise_workers is None else self.denoise_workers
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
 
 def setting_problems(settings: EngineSettings, adapter: ModelAdapter | None = None) -> list[str]:
     """What is wrong with the settings besides the model's name, one sentence each; without the model's adapter, as far
@@ -55,10 +118,63 @@ def setting_problems(settings: EngineSettings, adapter: ModelAdapter | None = No
         device = resolve_device(device)  # only here it matters which: finding out imports torch
     problems = device_problems(device, settings.dtype)
     heads = None if adapter is None else adapter.heads
-    wrong_degrees = degree_problems(settings.wanted, settings.num_workers, heads=heads)
+    wrong_degrees = strategy_problems(settings) or degree_problems(settings.wanted, settings.num_denoisers, heads=heads)
     if not problems and not wrong_degrees:
         problems += worker_problems(settings.device, workers_here(settings))
     return [*problems, *wrong_degrees]
+
+
+def strategy_problems(settings: EngineSettings) -> list[str]:
+    """What is wrong with who does what."""
+    problems = [
+        f"{name}={value!r} is unknown; use {', '.join(words)}"
+        for name, value, words in (
+            ("strategy", settings.strategy, [*Strategy]),
+            ("aco", settings.aco, [*AcoMode]),
+            ("decode", settings.decode, [*DecodeMode]),
+            ("encode_on", settings.encode_on or "denoise", ["denoise", "decode"]),
+        )
+        if value not in words
+    ]
+    if problems:
+        return problems
+    return _count_problems(settings) + _combination_problems(settings)
+
+
+def _count_problems(settings: EngineSettings) -> list[str]:
+    denoise, decode, workers = settings.denoise_workers, settings.decode_workers, settings.num_workers
+    given = {"denoise_workers": denoise, "decode_workers": decode}
+    problems = [
+        f"{name}={value!r} must be a whole number of at least 1"
+        for name, value in given.items()
+        if value is not None and (_whole(value) is None or value < 1)
+    ]
+    if problems or _whole(workers) is None:
+        return problems
+    if settings.strategy == Strategy.DISAGGREGATED and workers < 2:
+        return [f"disaggregated needs at least 2 workers, one to denoise and one to decode; num_workers={workers}"]
+    if denoise is not None and decode is not None and denoise + decode != workers:
+        return [f"denoise_workers={denoise} and decode_workers={decode} make {denoise + decode}, not {workers} workers"]
+    return []
+
+
+def _combination_problems(settings: EngineSettings) -> list[str]:
+    """Settings that have no meaning together: they are refused rather than ignored."""
+    problems = []
+    if settings.strategy == Strategy.COLOCATED:
+        only = {
+            "denoise_workers": settings.denoise_workers,
+            "decode_workers": settings.decode_workers,
+            "encode_on": settings.encode_on,
+            "aco='on'": None if settings.aco != AcoMode.ON else True,
+        }
+        problems += [f"{name} needs strategy disaggregated" for name, value in only.items() if value is not None]
+    if settings.strategy == Strategy.DISAGGREGATED:
+        if settings.offload:
+            problems.append("offload needs strategy colocated: disaggregated workers hold only what they need")
+        if settings.decode != DecodeMode.SPREAD:
+            problems.append("decode='serial' needs strategy colocated")
+    return problems
 
 
 def setting_notes(settings: EngineSettings) -> list[str]:

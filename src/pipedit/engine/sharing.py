@@ -13,7 +13,7 @@ def choose_sharing(request: VideoRequest, adapter: ModelAdapter, settings: Engin
     nothing for a second CFG group to do."""
     return choose(
         settings.wanted,
-        settings.num_workers,
+        settings.num_denoisers,
         heads=adapter.heads,
         uses_guidance=adapter.uses_guidance(request),
         tokens=adapter.token_layout(request).latent_tokens,
@@ -25,11 +25,11 @@ def sharing_problems(
 ) -> list[str]:
     """Why the workers cannot share this completed request, where the settings themselves are legal. The request may
     have problems of its own; only a sound size says how many tokens it has."""
-    if degree_problems(settings.wanted, settings.num_workers, heads=adapter.heads):
+    if degree_problems(settings.wanted, settings.num_denoisers, heads=adapter.heads):
         return []
     return degree_problems(
         settings.wanted,
-        settings.num_workers,
+        settings.num_denoisers,
         heads=adapter.heads,
         uses_guidance=adapter.uses_guidance(sound_request(request, adapter)),
         tokens=adapter.token_layout(request).latent_tokens if has_sound_size else None,

@@ -32,6 +32,14 @@ class Frames(Update):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Restarted(Update):
+    """Workers were lost (`error`), and the request begins again on fresh ones. Frames that were told of stay valid and
+    are not told of again."""
+
+    error: Exception
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Finished(Update):
     """The request is done; `request` is complete (seed and defaults filled), `seconds` is time per stage."""
 

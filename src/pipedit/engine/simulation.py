@@ -1,0 +1,300 @@
+"""From a workload and a cluster to what the simulator runs: models opened, requests checked, engines arranged.
+
+Reads configs only. Who does what where that is left open: plan.planner decides.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pipedit.core.errors import CheckpointError, InsufficientMemoryError, InvalidRequestError
+from pipedit.core.placement import Role
+from pipedit.core.request import VideoRequest
+from pipedit.engine.settings import DecodeMode, EngineSettings, Strategy, strategy_problems
+from pipedit.models.by_name import PlannableModel, find_model, is_same_model
+from pipedit.plan.aco_gate import AcoMode
+from pipedit.plan.arrangements import Arrangement, Asked, Kind
+from pipedit.plan.cluster_file import ClusterFile, ReplicaSpec
+from pipedit.plan.degrees import degree_problems
+from pipedit.plan.estimate import DurationsOf
+from pipedit.plan.hardware import Cluster
+from pipedit.plan.planned_video import PlannedVideo
+from pipedit.plan.planner import make_plan, pool_of, predicted_by
+from pipedit.plan.pools import Pool
+from pipedit.plan.predict import Predictor
+from pipedit.plan.simulator import Arrival
+from pipedit.plan.workload import Stream
+
+_ENCODERS = {"denoise": Role.DENOISER, "decode": Role.DECODER}
+_PLANNED_WITH = 64  # requests at most: more of the same mix would not change who should do what
+_MANY_COMMANDS = 200_000  # beyond so many, phases are simulated in a few pieces instead of step by step
+_FEW_PIECES = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Engines:
+    """`pool.count` engines that are alike, and how they are arranged."""
+
+    model: str
+    arrangement: Arrangement
+    pool: Pool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """Everything that a simulation needs. `grain`: see Policy."""
+
+    cluster: Cluster
+    engines: tuple[Engines, ...]
+    arrivals: tuple[Arrival, ...]
+    grain: int
+    price_per_hour: float | None
+
+    @property
+    def pools(self) -> list[Pool]:
+        return [engines.pool for engines in self.engines]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """Requests of one model that are alike."""
+
+    name: str
+    video: PlannedVideo
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Wish:
+    """Engines that somebody wants for a model, `count` of them (None: as many as there is room for)."""
+
+    model: str
+    settings: EngineSettings
+    count: int | None
+    label: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Demand:
+    """What is asked of each model: its kinds of request, and the kind of each stream."""
+
+    kinds: Mapping[str, Sequence[_Kind]]
+    of_stream: Sequence[str]
+
+
+def prepare(
+    streams: Sequence[Stream],
+    cluster_file: ClusterFile,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    grain: int | None = None,
+) -> Scenario:
+    """`settings`, as of EngineSettings, win over those of the file's replicas. Raises InvalidRequestError with every
+    problem of the requests, or of the replicas; InsufficientMemoryError if nothing of what was asked for fits."""
+    demand = _demand(streams, "cpu" if cluster_file.device == "cpu" else "cuda")
+    cluster = cluster_file.cluster()
+    wishes = _wishes(cluster_file, list(demand.kinds), settings or {})
+    durations_of = predicted_by(Predictor(cluster=cluster))
+    arranged = [_arrange(wish, demand.kinds[wish.model], cluster, durations_of) for wish in wishes]
+    counts = _counts(wishes, arranged, cluster)
+    if grain is None:
+        grain = _grain(demand, arranged)
+    engines = tuple(
+        _engines(wish, arrangement, demand.kinds[wish.model], durations_of, count=count, grain=grain)
+        for wish, arrangement, count in zip(wishes, arranged, counts, strict=True)
+    )
+    return Scenario(
+        cluster=cluster,
+        engines=engines,
+        arrivals=tuple(_arrivals(streams, demand)),
+        grain=grain,
+        price_per_hour=_price(cluster_file, cluster),
+    )
+
+
+# -- what is asked for --------------------------------------------------------------------------------------------
+
+
+def _demand(streams: Sequence[Stream], device_type: str) -> _Demand:
+    models: dict[str, PlannableModel | None] = {}
+    names: list[str] = []  # of the models, as the first stream spells each
+    requests: dict[tuple[str, VideoRequest], int] = {}
+    of_stream, problems = [], []
+    for stream in streams:
+        name = next((name for name in names if is_same_model(name, stream.model)), stream.model)
+        if name not in models:
+            names.append(name)
+            models[name], found = _open(name, device_type)
+            problems += [f"{stream.source}: {problem}" for problem in found]
+        model = models[name]
+        if model is None:
+            continue
+        request = model.complete(stream.request)
+        problems += [f"{stream.source}: {problem}" for problem in model.problems(request)]
+        requests[name, request] = requests.get((name, request), 0) + stream.count
+        of_stream.append(_kind_name(name, request))
+    if problems:
+        raise InvalidRequestError(problems)
+    kinds: dict[str, list[_Kind]] = {name: [] for name in names}
+    for (name, request), count in requests.items():
+        model = models[name]
+        assert model is not None
+        kinds[name].append(_Kind(name=_kind_name(name, request), video=model.planned(request, count)))
+    return _Demand(kinds=kinds, of_stream=of_stream)
+
+
+def _open(name: str, device_type: str) -> tuple[PlannableModel | None, list[str]]:
+    """The model, or why there is none."""
+    try:
+        return find_model(name, device_type=device_type), []
+    except InvalidRequestError as error:
+        return None, list(error.problems)
+    except CheckpointError as error:
+        return None, str(error).splitlines()
+
+
+def _kind_name(model: str, request: VideoRequest) -> str:
+    scales = [f"{scale:g}" for scale in (request.guidance_scale, request.true_cfg_scale) if scale is not None]
+    size = f"{request.width}x{request.height}x{request.num_frames}"
+    return f"{model} {size}, {request.num_inference_steps} steps, guidance {' and '.join(scales)}"
+
+
+def _arrivals(streams: Sequence[Stream], demand: _Demand) -> Iterator[Arrival]:
+    for stream, kind in zip(streams, demand.of_stream, strict=True):
+        for at_s in stream.times_s():
+            yield Arrival(at_s=at_s, kind=kind, priority=stream.priority)
+
+
+def _grain(demand: _Demand, arranged: Sequence[Arrangement]) -> int:
+    """Step by step, as the engine does it, unless that would take too long."""
+    videos = [kind.video for kinds in demand.kinds.values() for kind in kinds]
+    steps = max(video.cost.num_steps for video in videos)
+    commands = sum(video.count * (video.cost.num_steps + video.chunks_with(1)) for video in videos)
+    if commands <= _MANY_COMMANDS:
+        return 1
+    helped = any(arrangement.aco is not AcoMode.OFF for arrangement in arranged)
+    return -(-steps // _FEW_PIECES) if helped else 0
+
+
+# -- who runs it --------------------------------------------------------------------------------------------------
+
+
+def _wishes(cluster_file: ClusterFile, models: Sequence[str], settings: Mapping[str, Any]) -> list[_Wish]:
+    """One for each entry of the file that serves a model of the workload. Without entries, one is made up."""
+    wishes: list[_Wish] = []
+    problems: list[str] = []
+    for number, spec in enumerate(cluster_file.replicas or (ReplicaSpec(),), start=1):
+        label = f"replicas[{number}]" if cluster_file.replicas else "replicas"
+        names = [name for name in models if spec.model is None or is_same_model(name, spec.model)]
+        if spec.model is None and len(models) > 1:
+            problems.append(f"{label}: the workload has several models ({', '.join(models)}); say which one they serve")
+        elif names:
+            engine = _settings({**spec.settings, **settings}, cluster_file)
+            wishes.append(_Wish(model=names[0], settings=engine, count=spec.count, label=label))
+            problems += [f"{label}: {problem}" for problem in _setting_problems(wishes[-1], cluster_file)]
+    if not problems:
+        served = {wish.model for wish in wishes}
+        problems += [f"no replicas serve {name}; the cluster file needs some" for name in models if name not in served]
+    if problems:
+        raise InvalidRequestError(problems)
+    return wishes
+
+
+def _settings(given: dict[str, Any], cluster_file: ClusterFile) -> EngineSettings:
+    if "denoise_workers" not in given or "decode_workers" not in given:
+        given.setdefault("num_workers", min(cluster_file.devices_per_node, cluster_file.num_devices))
+    return EngineSettings.of(**given)
+
+
+def _setting_problems(wish: _Wish, cluster_file: ClusterFile) -> list[str]:
+    settings, devices = wish.settings, cluster_file.num_devices
+    problems = strategy_problems(settings) or degree_problems(settings.wanted, settings.num_denoisers)
+    if not problems and settings.num_workers > devices:
+        problems.append(f"each needs {settings.num_workers} devices, and the cluster has {devices}")
+    return problems
+
+
+def asked_of(settings: EngineSettings) -> Asked:
+    """What the settings lay down for the planner."""
+    if settings.strategy == Strategy.AUTO:
+        kinds = frozenset(Kind)
+    elif settings.strategy == Strategy.DISAGGREGATED:
+        kinds = frozenset({Kind.DISAGGREGATED})
+    else:
+        is_serial = settings.decode == DecodeMode.SERIAL
+        kinds = frozenset(
+            kind
+            for kind in Kind
+            if kind.is_colocated and kind.is_serial == is_serial and kind.is_offloaded == settings.offload
+        )
+    return Asked(
+        kinds=kinds,
+        denoise_workers=settings.denoise_workers,
+        decode_workers=settings.decode_workers,
+        encoder=None if settings.encode_on is None else _ENCODERS[settings.encode_on],
+        aco=(AcoMode.OFF, AcoMode.AUTO) if settings.aco == AcoMode.AUTO else (AcoMode(settings.aco),),
+        degrees=settings.wanted,
+    )
+
+
+def _arrange(wish: _Wish, kinds: Sequence[_Kind], cluster: Cluster, durations_of: DurationsOf) -> Arrangement:
+    total = sum(kind.video.count for kind in kinds)
+    plan = make_plan(
+        [_fewer(kind.video, total) for kind in kinds],
+        wish.settings.num_workers,
+        available_bytes=cluster.device.memory_bytes,
+        durations_of=durations_of,
+        asked=asked_of(wish.settings),
+    )
+    if plan.best is not None:
+        return plan.best.arrangement
+    reasons = [f"{wish.label}: {refusal.what}: {refusal.reason}" for refusal in plan.refusals]
+    raise InsufficientMemoryError("\n".join(reasons or [f"{wish.label}: nothing that was asked for can run"]))
+
+
+def _fewer(video: PlannedVideo, total: int) -> PlannedVideo:
+    """In the same mix, but so few that planning takes no longer than it must."""
+    return dataclasses.replace(video, count=max(1, round(video.count * min(1.0, _PLANNED_WITH / total))))
+
+
+def _counts(wishes: Sequence[_Wish], arranged: Sequence[Arrangement], cluster: Cluster) -> list[int]:
+    """How many engines of each: those that are open share what is left of the devices."""
+    each = [arrangement.num_workers for arrangement in arranged]
+    fixed = sum((wish.count or 0) * workers for wish, workers in zip(wishes, each, strict=True))
+    if fixed > cluster.num_devices:
+        raise InvalidRequestError([f"the replicas need {fixed} devices, and the cluster has {cluster.num_devices}"])
+    num_open = sum(wish.count is None for wish in wishes)
+    share = (cluster.num_devices - fixed) // max(num_open, 1)
+    counts = [
+        share // workers if wish.count is None else wish.count for wish, workers in zip(wishes, each, strict=True)
+    ]
+    problems = [
+        f"{wish.label}: each needs {workers} devices, and {share} are left for them"
+        for wish, workers, count in zip(wishes, each, counts, strict=True)
+        if not count
+    ]
+    if problems:
+        raise InvalidRequestError(problems)
+    return counts
+
+
+def _engines(
+    wish: _Wish,
+    arrangement: Arrangement,
+    kinds: Sequence[_Kind],
+    durations_of: DurationsOf,
+    *,
+    count: int,
+    grain: int,
+) -> Engines:
+    pool = pool_of(arrangement, [kind.video for kind in kinds], durations_of)
+    services = {kind.name: pool.services[str(number)] for number, kind in enumerate(kinds)}
+    policy = dataclasses.replace(pool.policy, grain=grain)
+    return Engines(
+        model=wish.model,
+        arrangement=arrangement,
+        pool=dataclasses.replace(pool, services=services, policy=policy, count=count),
+    )
+
+
+def _price(cluster_file: ClusterFile, cluster: Cluster) -> float | None:
+    return cluster.device.price_per_hour if cluster_file.price_per_hour is None else cluster_file.price_per_hour
