@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipedit.core.errors import InvalidRequestError
 from pipedit.core.parallel import ParallelConfig
-from pipedit.parallel.splits import split_evenly
+from pipedit.core.shares import split_evenly
 from pipedit.plan.degrees import MOST_WORKERS, Wanted, attention_balance, choose, degree_problems, legal_configs
 
 WORKERS, HEADS, TOKENS = st.integers(1, 48), st.integers(1, 40), st.integers(1, 5000)

@@ -1,140 +1,102 @@
-"""The request scheduler: legal lives, nothing lost, in milliseconds and without torch."""
-
-import random
-from collections import deque
-from typing import Any
+"""The life of a request: its commands, its end, what goes wrong on the way, and what ranks are told to forget."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipedit.core import messages
-from pipedit.core.errors import WorkerDiedError
 from pipedit.core.parallel import ParallelConfig
-from pipedit.core.placement import Placement
-from pipedit.core.request import VideoRequest
-from pipedit.plan.scheduler import LEGAL_TRANSITIONS, Phase, RequestScheduler, Work
+from pipedit.core.placement import Placement, Role
+from pipedit.plan.jobs import LEGAL_TRANSITIONS, Phase, Work
+from pipedit.plan.scheduler import Policy, RequestScheduler
+from tests.plan.scheduled_ranks import PLACEMENTS, REQUEST, Rehearsal, play
 
-REQUEST = VideoRequest(prompt="x")
-
-
-def answer(command: messages.Command, rank: int) -> messages.Event:
-    key: dict[str, Any] = {"request_id": command.request_id, "rank": rank}
-    match command:
-        case messages.Encode():
-            return messages.Encoded(**key)
-        case messages.Denoise():
-            return messages.StepDone(**key, step=command.step)
-        case messages.Decode():
-            return messages.ChunkDecoded(**key, chunk=command.chunk)
-    return messages.Released(**key)
+SHORT = Work(num_steps=1, num_chunks=1)
+LONG = Work(num_steps=3, num_chunks=2)
+ENCODE_THERE = Placement.disaggregated(denoise=1, decode=1, encoder=Role.DECODER)
+TWO_AND_ONE = Placement.disaggregated(denoise=2, decode=1, encoder=Role.DENOISER)
 
 
-def drive(scheduler: RequestScheduler, limit: int = 10_000) -> list[messages.Command]:
-    """Answers every command in order of sending until nothing is left to do."""
-    sent: list[messages.Command] = []
-    in_flight: deque[tuple[messages.Command, int]] = deque()
-    for _ in range(limit):
-        for command in scheduler.next_commands():
-            sent.append(command)
-            in_flight.extend((command, rank) for rank in command.ranks)
-        if not in_flight:
-            assert scheduler.is_idle
-            return sent
-        command, rank = in_flight.popleft()
-        scheduler.receive(answer(command, rank))
-    raise AssertionError("the scheduler does not come to an end")
+def in_words(commands: list[messages.Command]) -> list[str]:
+    """Such as "Denoise a 2" for step 2 of request a."""
+    return [
+        f"{type(c).__name__} {c.request_id} {getattr(c, 'step', getattr(c, 'chunk', ''))}".rstrip() for c in commands
+    ]
+
+
+# -- from the prompt to the last frame -------------------------------------------------------------------------------
 
 
 def test_one_request_runs_every_step_and_chunk_in_order() -> None:
     scheduler = RequestScheduler(Placement.colocated(1))
-    scheduler.submit("a", REQUEST, Work(num_steps=3, num_chunks=2))
-    sent = drive(scheduler)
-    assert [type(c).__name__ for c in sent] == [
-        "Encode",
-        "Denoise",
-        "Denoise",
-        "Denoise",
-        "Decode",
-        "Decode",
-        "Release",
+    sent = play(scheduler, Placement.colocated(1), {"a": (0, LONG)})
+    assert in_words([s.command for s in sent]) == [
+        "Encode a",
+        *("Denoise a 0", "Denoise a 1", "Denoise a 2"),
+        *("Decode a 0", "Decode a 1"),
+        "Release a",
     ]
-    assert [c.step for c in sent if isinstance(c, messages.Denoise)] == [0, 1, 2]
-    assert [c.chunk for c in sent if isinstance(c, messages.Decode)] == [0, 1]
     assert scheduler.job("a").phase is Phase.DONE
     scheduler.forget("a")
 
 
 def test_one_worker_serves_requests_one_after_the_other() -> None:
-    scheduler = RequestScheduler(Placement.colocated(1))
-    for name in "ab":
-        scheduler.submit(name, REQUEST, Work(num_steps=2, num_chunks=2))
-    order = [c.request_id for c in drive(scheduler)]
-    assert order == ["a"] * 6 + ["b"] * 6
-
-
-def test_disjoint_groups_decode_one_request_while_the_next_is_denoised() -> None:
-    scheduler = RequestScheduler(Placement(encoders=(1,), denoisers=(0,), decoders=(1,)))
-    for name in "ab":
-        scheduler.submit(name, REQUEST, Work(num_steps=3, num_chunks=3))
-    sent = drive(scheduler)
-    first_decode = next(i for i, c in enumerate(sent) if isinstance(c, messages.Decode) and c.request_id == "a")
-    last_decode = max(i for i, c in enumerate(sent) if isinstance(c, messages.Decode) and c.request_id == "a")
-    between = [c for c in sent[first_decode:last_decode] if isinstance(c, messages.Denoise)]
-    assert {c.request_id for c in between} == {"b"}
-
-
-@pytest.mark.parametrize("answered", range(7))
-def test_cancel_takes_hold_within_one_command(answered: int) -> None:
-    scheduler = RequestScheduler(Placement.colocated(1))
-    scheduler.submit("a", REQUEST, Work(num_steps=3, num_chunks=3))
-    commands = scheduler.next_commands()
-    for _ in range(answered):
-        scheduler.receive(answer(commands[0], 0))
-        commands = scheduler.next_commands()
-    scheduler.cancel("a")
-    assert not scheduler.next_commands()  # the command in flight is still owed
-    if commands:
-        scheduler.receive(answer(commands[0], 0))
-    (release,) = scheduler.next_commands()
-    assert isinstance(release, messages.Release)
-    assert scheduler.job("a").phase is Phase.CANCELLED
-    scheduler.receive(answer(release, 0))
-    assert scheduler.is_idle
-
-
-def test_failure_ends_only_its_own_request() -> None:
-    scheduler = RequestScheduler(Placement.colocated(1))
-    scheduler.submit("a", REQUEST, Work(num_steps=3, num_chunks=1))
-    scheduler.submit("b", REQUEST, Work(num_steps=1, num_chunks=1))
-    (command,) = scheduler.next_commands()
-    error = RuntimeError("broken")
-    scheduler.receive(messages.CommandFailed(request_id="a", rank=0, doing="encoding", error=error))
-    drive(scheduler)
-    assert scheduler.job("a").phase is Phase.FAILED
-    failure = scheduler.job("a").failure
-    assert failure is not None
-    assert failure.error is error
-    assert scheduler.job("b").phase is Phase.DONE
-    assert command.request_id == "a"
+    placement = Placement.colocated(1)
+    sent = play(RequestScheduler(placement), placement, {"a": (0, LONG), "b": (0, LONG)})
+    assert [s.command.request_id for s in sent] == ["a"] * 7 + ["b"] * 7
 
 
 def test_a_group_command_waits_for_every_rank() -> None:
-    scheduler = RequestScheduler(Placement.colocated(3))
-    scheduler.submit("a", REQUEST, Work(num_steps=1, num_chunks=1))
-    (encode,) = scheduler.next_commands()
+    rehearsal = Rehearsal(Placement.colocated(3))
+    rehearsal.submit(SHORT, "a")
+    (encode,) = rehearsal.ask()
     assert encode.ranks == (0, 1, 2)
-    for rank in (2, 0):
-        scheduler.receive(answer(encode, rank))
-        assert scheduler.next_commands() == []
-    scheduler.receive(answer(encode, 1))
-    (step,) = scheduler.next_commands()
-    assert isinstance(step, messages.Denoise)
+    assert rehearsal.finish(2) == []
+    assert rehearsal.finish(0) == []
+    assert in_words(rehearsal.finish(1)) == ["Denoise a 0"]
+
+
+@pytest.mark.parametrize(("grain", "steps"), [(1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (9, [5]), (0, [5])])
+def test_commands_hold_as_many_steps_as_the_policy_says(grain: int, steps: list[int]) -> None:
+    placement = Placement.colocated(1)
+    work = Work(num_steps=5, num_chunks=5)
+    sent = play(RequestScheduler(placement, Policy(grain=grain)), placement, {"a": (0, work)})
+    assert [s.command.num_steps for s in sent if isinstance(s.command, messages.Denoise)] == steps
+    assert [s.command.num_chunks for s in sent if isinstance(s.command, messages.Decode)] == steps
+
+
+def test_a_step_is_shared_as_the_request_says() -> None:
+    work = Work(num_steps=1, num_chunks=1, parallel=ParallelConfig(ulysses_degree=2))
+    placement = Placement.colocated(2)
+    sent = play(RequestScheduler(placement), placement, {"a": (0, work)})
+    assert [s.command.parallel for s in sent if isinstance(s.command, messages.Denoise)] == [work.parallel]
+
+
+def test_what_was_made_elsewhere_is_fetched_from_there() -> None:
+    sent = [s.command for s in play(RequestScheduler(ENCODE_THERE), ENCODE_THERE, {"a": (0, SHORT)})]
+    assert [c.ranks for c in sent if isinstance(c, messages.Encode)] == [(1,)]
+    assert [c.conditioning_at for c in sent if isinstance(c, messages.Denoise)] == [1]
+    assert [c.latents_at for c in sent if isinstance(c, messages.Decode)] == [0]
+
+
+@pytest.mark.parametrize("placement", [Placement.colocated(2), Placement.serial_decode(2)], ids=["spread", "serial"])
+def test_what_was_made_here_is_not_fetched(placement: Placement) -> None:
+    sent = [s.command for s in play(RequestScheduler(placement), placement, {"a": (0, SHORT)})]
+    assert [c.conditioning_at for c in sent if isinstance(c, messages.Denoise)] == [None]
+    assert [(c.ranks, c.latents_at) for c in sent if isinstance(c, messages.Decode)] == [(placement.decoders, None)]
+
+
+def test_an_id_can_be_used_again_when_it_was_forgotten() -> None:
+    rehearsal = Rehearsal(Placement.colocated(1))
+    rehearsal.submit(LONG, "a", "b")
+    rehearsal.scheduler.cancel("a")
+    rehearsal.scheduler.forget("a")
+    rehearsal.submit(SHORT, "a")
+    assert in_words(rehearsal.ask()) == ["Encode b"], "the new one comes after b"
+    rehearsal.go_to_the_end()
 
 
 def test_illegal_transition_is_a_bug_that_shows() -> None:
     scheduler = RequestScheduler(Placement.colocated(1))
-    scheduler.submit("a", REQUEST, Work(num_steps=1, num_chunks=1))
+    scheduler.submit("a", REQUEST, SHORT)
     with pytest.raises(AssertionError, match="not legal"):
         scheduler.job("a").move(Phase.DONE)
 
@@ -146,103 +108,266 @@ def test_the_table_of_transitions_is_closed() -> None:
     assert ends == {Phase.DONE, Phase.CANCELLED, Phase.FAILED}
 
 
-PLACEMENTS = (
-    Placement.colocated(1),
-    Placement.colocated(2),
-    Placement(encoders=(0, 1), denoisers=(0, 1), decoders=(2,)),
-    Placement(encoders=(2,), denoisers=(0, 1), decoders=(2,)),
-    Placement(encoders=(3,), denoisers=(0,), decoders=(1, 2)),
-)
+@pytest.mark.parametrize("wrong", [{"encoded_ahead": 0}, {"latents_waiting": 0}, {"patience": 0}, {"attempts": 0}])
+def test_a_policy_with_which_nothing_would_begin_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(AssertionError):
+        Policy(**wrong)  # type: ignore[arg-type]
 
 
-@settings(max_examples=150, deadline=None)
-@given(seed=st.integers(0, 2**32), placement=st.sampled_from(PLACEMENTS), count=st.integers(1, 6))
-def test_no_order_of_events_loses_a_request_or_a_rank(seed: int, placement: Placement, count: int) -> None:
-    """Random answers, cancels and failures: every request ends, each rank has one command at a time, and all ranks of
-    a group are told the same commands in the same order."""
-    rng = random.Random(seed)
-    scheduler = RequestScheduler(placement)
-    waiting = [f"r{i}" for i in range(count)]
-    in_flight: dict[int, messages.Command] = {}
-    told: dict[int, list[messages.Command]] = {rank: [] for rank in placement.world}
-    for _ in range(2_000):
-        if waiting and rng.random() < 0.3:
-            scheduler.submit(waiting.pop(), REQUEST, Work(num_steps=rng.randint(1, 3), num_chunks=rng.randint(1, 3)))
-        for command in scheduler.next_commands():
-            for rank in command.ranks:
-                assert rank not in in_flight
-                in_flight[rank] = command
-                told[rank].append(command)
-        if rng.random() < 0.05:
-            scheduler.cancel(f"r{rng.randrange(count)}")
-        if in_flight:
-            rank = rng.choice(sorted(in_flight))
-            command = in_flight.pop(rank)
-            failed = rng.random() < 0.02 and not isinstance(command, messages.Release)
-            event = (
-                messages.CommandFailed(request_id=command.request_id, rank=rank, doing="x", error=RuntimeError())
-                if failed
-                else answer(command, rank)
-            )
-            scheduler.receive(event)
-        elif not waiting and not scheduler.next_commands():
-            break
-    else:
-        raise AssertionError("the scheduler does not come to an end")
-    assert scheduler.is_idle
-    assert all(scheduler.job(f"r{i}").is_over for i in range(count))
-    for group in (placement.encoders, placement.denoisers, placement.decoders):
-        views = [[c for c in told[rank] if c.ranks == group] for rank in group]
-        assert all(view == views[0] for view in views)
-    for rank in placement.world:
-        released = [c.request_id for c in told[rank] if isinstance(c, messages.Release)]
-        assert sorted(released) == sorted(f"r{i}" for i in range(count))
+# -- cancel ----------------------------------------------------------------------------------------------------------
 
 
-def test_lost_workers_fail_what_had_begun_and_leave_the_rest_for_fresh_ones() -> None:
-    scheduler = RequestScheduler(Placement(encoders=(0,), denoisers=(1,), decoders=(0,)))
-    for name in ("begun", "cancelled", "queued"):
-        scheduler.submit(name, REQUEST, Work(num_steps=3, num_chunks=1))
-    (encode,) = scheduler.next_commands()
-    scheduler.receive(answer(encode, 0))
-    assert {type(c) for c in scheduler.next_commands()} == {messages.Denoise, messages.Encode}
-    scheduler.cancel("cancelled")
-    error = WorkerDiedError("exit code 1", rank=1, doing="denoising")
-    scheduler.lose_workers(error)
-    phases = {name: scheduler.job(name).phase for name in ("begun", "cancelled", "queued")}
-    assert phases == {"begun": Phase.FAILED, "cancelled": Phase.CANCELLED, "queued": Phase.QUEUED}
-    failure = scheduler.job("begun").failure
+@pytest.mark.parametrize("answered", range(6))
+def test_cancel_takes_hold_within_one_command(answered: int) -> None:
+    rehearsal = Rehearsal(Placement.colocated(1))
+    rehearsal.submit(LONG, "a")
+    rehearsal.ask()
+    for _ in range(answered):
+        rehearsal.finish(0)
+    rehearsal.scheduler.cancel("a")
+    assert rehearsal.ask() == [], "the command in flight is still owed"
+    assert in_words(rehearsal.finish(0)) == ["Release a"]
+    assert rehearsal.phase("a") is Phase.CANCELLED
+    rehearsal.go_to_the_end()
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize("turns", range(8))
+def test_cancel_does_not_disturb_the_others(name: str, turns: int) -> None:
+    rehearsal = Rehearsal(PLACEMENTS[name])
+    rehearsal.submit(LONG, "a", "b", "c")
+    rehearsal.ask()
+    for _ in range(turns):
+        rehearsal.finish_all()
+    rehearsal.scheduler.cancel("b")
+    rehearsal.go_to_the_end()
+    assert [rehearsal.phase(request_id) for request_id in "abc"] == [Phase.DONE, rehearsal.phase("b"), Phase.DONE]
+
+
+def test_a_queued_request_ends_at_once_and_nobody_has_to_forget_it() -> None:
+    rehearsal = Rehearsal(Placement.colocated(1))
+    rehearsal.submit(SHORT, "a", "b")
+    rehearsal.ask()
+    rehearsal.scheduler.cancel("b")
+    assert rehearsal.phase("b") is Phase.CANCELLED
+    assert not rehearsal.scheduler.is_held("b")
+    rehearsal.scheduler.cancel("b")  # no effect, like any cancel of what is over
+    rehearsal.scheduler.cancel("never heard of")
+    rehearsal.go_to_the_end()
+
+
+# -- forgetting ------------------------------------------------------------------------------------------------------
+
+
+def test_only_ranks_that_keep_something_are_told_to_forget() -> None:
+    rehearsal = Rehearsal(TWO_AND_ONE)
+    rehearsal.submit(LONG, "a")
+    rehearsal.go_until(messages.Denoise, "a")
+    rehearsal.scheduler.cancel("a")
+    releases = rehearsal.finish(0, 1)
+    assert [release.ranks for release in releases] == [(0,), (1,)]
+
+
+def test_helpers_keep_nothing_and_have_nothing_to_forget() -> None:
+    rehearsal = Rehearsal(Placement.disaggregated(denoise=1, decode=1, encoder=Role.DENOISER))
+    rehearsal.submit(Work(num_steps=30, num_chunks=1, heads=4), "a")
+    for _ in range(4):
+        rehearsal.ask()
+        rehearsal.finish_all()
+    assert rehearsal.ranks.in_flight.keys() == {0, 1}, "the decoder helps by now"
+    rehearsal.scheduler.cancel("a")
+    assert [release.ranks for release in rehearsal.finish(0, 1)] == [(0,)]
+
+
+def test_nothing_is_forgotten_before_the_end() -> None:
+    """Conditioning and latents lie on a shelf until they are fetched, which only the rank that fetches knows."""
+    rehearsal = Rehearsal(ENCODE_THERE)
+    rehearsal.submit(LONG, "a")
+    rehearsal.ask()
+    while rehearsal.phase("a") is not Phase.DONE:
+        assert not any(isinstance(command, messages.Release) for command in rehearsal.ranks.in_flight.values())
+        rehearsal.finish_all()
+    assert sorted(command.ranks for command in rehearsal.ranks.in_flight.values()) == [(0,), (1,)]
+
+
+def test_a_rank_that_works_on_another_request_is_told_when_it_is_free() -> None:
+    rehearsal = Rehearsal(ENCODE_THERE)
+    rehearsal.submit(LONG, "a", "b")
+    rehearsal.go_until(messages.Decode, "a")
+    assert rehearsal.phase("b") is Phase.DENOISING
+    rehearsal.scheduler.cancel("b")
+    assert in_words(rehearsal.finish(0)) == ["Release b"], "rank 1 keeps the conditioning, but decodes"
+    assert rehearsal.scheduler.is_held("b")
+    assert in_words(rehearsal.finish(1)) == ["Release b"], "before the next chunk"
+    assert in_words(rehearsal.finish(1)) == ["Decode a 1"]
+    rehearsal.go_to_the_end()
+
+
+# -- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_failure_ends_only_its_own_request() -> None:
+    rehearsal = Rehearsal(Placement.colocated(1))
+    rehearsal.submit(LONG, "a", "b")
+    rehearsal.ask()
+    assert in_words(rehearsal.fail(0)) == ["Release a"]
+    rehearsal.go_to_the_end()
+    assert [rehearsal.phase(request_id) for request_id in "ab"] == [Phase.FAILED, Phase.DONE]
+    failure = rehearsal.scheduler.job("a").failure
+    assert failure is not None
+    assert str(failure.error) == "broken"
+
+
+def test_a_request_has_failed_when_all_its_ranks_have_answered() -> None:
+    rehearsal = Rehearsal(Placement.colocated(2))
+    rehearsal.submit(LONG, "a")
+    rehearsal.go_until(messages.Denoise, "a")
+    assert rehearsal.fail(1) == [], "rank 0 may still be at it"
+    assert rehearsal.phase("a") is Phase.DENOISING
+    assert in_words(rehearsal.finish(0)) == ["Release a", "Release a"]
+    assert rehearsal.phase("a") is Phase.FAILED
+
+
+def epochs(commands: list[messages.Command]) -> list[int]:
+    return [command.epoch for command in commands if isinstance(command, messages.Exchanging)]
+
+
+@pytest.mark.parametrize("kind", [messages.Denoise, messages.Decode])
+@pytest.mark.parametrize("failing", [(0,), (1,), (0, 1)])
+def test_after_a_failed_exchange_a_new_epoch_begins(kind: type[messages.Command], failing: tuple[int, ...]) -> None:
+    rehearsal = Rehearsal(Placement.colocated(2))
+    rehearsal.submit(LONG, "a", "b")
+    rehearsal.go_until(kind, "a")
+    assert epochs(list(rehearsal.ranks.in_flight.values())) == [0, 0]
+    rehearsal.fail(*failing)
+    rehearsal.finish(*rehearsal.ranks.in_flight)
+    rehearsal.go_until(messages.Denoise, "b")
+    assert epochs(list(rehearsal.ranks.in_flight.values())) == [1, 1], "one failure, however many ranks report it"
+    rehearsal.fail(0)
+    rehearsal.finish_all()
+    rehearsal.submit(LONG, "c")
+    rehearsal.go_until(messages.Decode, "c")
+    assert epochs(list(rehearsal.ranks.in_flight.values())) == [2, 2]
+
+
+def test_where_no_messages_can_be_left_over_the_epoch_stays() -> None:
+    rehearsal = Rehearsal(Placement.colocated(2))
+    rehearsal.submit(LONG, "a", "b")
+    rehearsal.ask()
+    rehearsal.fail(0, 1)  # encoding: nobody waits for anybody
+    rehearsal.go_until(messages.Denoise, "b")
+    assert epochs(list(rehearsal.ranks.in_flight.values())) == [0, 0]
+    rehearsal = Rehearsal(ENCODE_THERE)
+    rehearsal.submit(LONG, "a", "b")
+    rehearsal.go_until(messages.Denoise, "a")
+    rehearsal.fail(0)  # alone
+    rehearsal.go_until(messages.Denoise, "b")
+    assert epochs(list(rehearsal.ranks.in_flight.values())) == [0]
+
+
+def test_a_failure_in_one_group_does_not_stop_the_other() -> None:
+    placement = Placement.disaggregated(denoise=2, decode=2, encoder=Role.DENOISER)
+    rehearsal = Rehearsal(placement)
+    rehearsal.submit(LONG, "a")
+    rehearsal.go_until(messages.Decode, "a")  # both decoders
+    rehearsal.submit(LONG, "b")
+    rehearsal.ask()
+    rehearsal.finish(0, 1)
+    assert {c.request_id for c in rehearsal.ranks.in_flight.values()} == {"a", "b"}
+    rehearsal.fail(2)
+    assert in_words(rehearsal.finish(0, 1)) == ["Release a", "Denoise b 1"] or rehearsal.phase("b") is Phase.DENOISING
+    rehearsal.go_to_the_end()
+    assert [rehearsal.phase(request_id) for request_id in "ab"] == [Phase.FAILED, Phase.DONE]
+
+
+# -- dead workers ----------------------------------------------------------------------------------------------------
+
+
+def test_whoever_a_dead_rank_worked_for_fails_and_the_others_begin_again() -> None:
+    rehearsal = Rehearsal(ENCODE_THERE)
+    rehearsal.submit(LONG, *"abcd")
+    rehearsal.scheduler.cancel("d")
+    rehearsal.go_until(messages.Decode, "a")
+    working = {rank: command.request_id for rank, command in rehearsal.ranks.in_flight.items()}
+    assert working == {0: "b", 1: "a"}
+    error = rehearsal.die(0)
+    assert list(map(rehearsal.phase, "abcd")) == [Phase.QUEUED, Phase.FAILED, Phase.QUEUED, Phase.CANCELLED]
+    failure = rehearsal.scheduler.job("b").failure
     assert failure is not None
     assert failure.error is error
-    assert not any(map(scheduler.is_held, phases))
-    assert {c.request_id for c in drive(scheduler)} == {"queued"}
-    assert scheduler.job("queued").phase is Phase.DONE
+    assert not any(map(rehearsal.scheduler.is_held, "abcd"))
+    rehearsal.go_to_the_end()
+    assert list(map(rehearsal.phase, "ac")) == [Phase.DONE, Phase.DONE]
+    assert [rehearsal.scheduler.job(request_id).attempts for request_id in "abc"] == [2, 1, 1]
+
+
+def test_nobody_is_to_blame_for_a_rank_that_dies_while_it_has_nothing_to_do() -> None:
+    rehearsal = Rehearsal(TWO_AND_ONE)
+    rehearsal.submit(LONG, "a")
+    rehearsal.go_until(messages.Denoise, "a")
+    rehearsal.die(2)
+    assert rehearsal.phase("a") is Phase.QUEUED
+    rehearsal.go_to_the_end()
+    assert rehearsal.phase("a") is Phase.DONE
+
+
+def test_a_request_is_not_begun_more_often_than_the_policy_allows() -> None:
+    rehearsal = Rehearsal(TWO_AND_ONE, Policy(attempts=3))
+    rehearsal.submit(LONG, "a")
+    for _ in range(2):
+        rehearsal.go_until(messages.Denoise, "a")
+        rehearsal.die(2)
+        assert rehearsal.phase("a") is Phase.QUEUED
+    rehearsal.go_until(messages.Denoise, "a")
+    error = rehearsal.die(2)
+    assert rehearsal.phase("a") is Phase.FAILED
+    failure = rehearsal.scheduler.job("a").failure
+    assert failure is not None
+    assert failure.error is error
+
+
+def test_who_begins_again_keeps_its_place() -> None:
+    rehearsal = Rehearsal(TWO_AND_ONE)
+    rehearsal.submit(LONG, "a", "b")
+    rehearsal.go_until(messages.Denoise, "a")
+    rehearsal.die(2)
+    assert in_words(rehearsal.ask()) == ["Encode a"]
+    rehearsal.go_to_the_end()
+
+
+def test_whoever_was_cancelled_or_had_failed_does_not_begin_again() -> None:
+    rehearsal = Rehearsal(Placement.colocated(2))
+    rehearsal.submit(LONG, "a")
+    rehearsal.go_until(messages.Denoise, "a")
+    rehearsal.scheduler.cancel("a")
+    rehearsal.die(0)
+    assert rehearsal.phase("a") is Phase.CANCELLED
+    rehearsal.submit(LONG, "b")
+    rehearsal.go_until(messages.Denoise, "b")
+    rehearsal.fail(0)
+    rehearsal.die(1)
+    failure = rehearsal.scheduler.job("b").failure
+    assert rehearsal.phase("b") is Phase.FAILED
+    assert failure is not None
+    assert str(failure.error) == "broken", "what went wrong first"
+
+
+def test_a_rank_that_dies_while_it_forgets_harms_nobody() -> None:
+    rehearsal = Rehearsal(Placement.colocated(1))
+    rehearsal.submit(SHORT, "a", "b")
+    rehearsal.go_until(messages.Release, "a")
+    rehearsal.die(0)
+    assert [rehearsal.phase(request_id) for request_id in "ab"] == [Phase.DONE, Phase.QUEUED]
+    rehearsal.go_to_the_end()
 
 
 def test_without_workers_for_good_nothing_is_waited_for() -> None:
-    scheduler = RequestScheduler(Placement.colocated(2))
-    for name in ("failing", "queued"):
-        scheduler.submit(name, REQUEST, Work(num_steps=3, num_chunks=1))
-    (encode,) = scheduler.next_commands()
-    scheduler.receive(messages.CommandFailed(request_id="failing", rank=0, doing="encoding", error=RuntimeError()))
-    assert not scheduler.job("failing").is_over, f"rank 1 owes its answer to {encode}"
-    scheduler.abandon()
-    assert [scheduler.job(name).phase for name in ("failing", "queued")] == [Phase.FAILED, Phase.CANCELLED]
-    assert scheduler.is_idle
-    assert scheduler.next_commands() == []
-
-
-def test_after_a_failure_every_rank_is_told_so() -> None:
-    scheduler = RequestScheduler(Placement.colocated(2))
-    scheduler.submit("a", REQUEST, Work(num_steps=2, num_chunks=1))
-    (encode,) = scheduler.next_commands()
-    scheduler.receive(messages.CommandFailed(request_id="a", rank=0, doing="encoding", error=RuntimeError()))
-    scheduler.receive(answer(encode, 1))
-    releases = scheduler.next_commands()
-    assert all(isinstance(release, messages.Release) and release.after_failure for release in releases)
-    assert [release.ranks for release in releases] == [(0,), (1,)]
-    scheduler = RequestScheduler(Placement.colocated(1))
-    scheduler.submit("a", REQUEST, Work(num_steps=1, num_chunks=1, parallel=ParallelConfig(ulysses_degree=2)))
-    sent = drive(scheduler)
-    assert [c.parallel.ulysses_degree for c in sent if isinstance(c, messages.Denoise)] == [2]
-    assert not any(c.after_failure for c in sent if isinstance(c, messages.Release))
+    rehearsal = Rehearsal(Placement.colocated(2))
+    rehearsal.submit(LONG, "failing", "queued")
+    rehearsal.ask()
+    rehearsal.fail(0)
+    assert not rehearsal.scheduler.job("failing").is_over, "rank 1 owes its answer"
+    rehearsal.scheduler.abandon()
+    assert [rehearsal.phase(name) for name in ("failing", "queued")] == [Phase.FAILED, Phase.CANCELLED]
+    assert rehearsal.scheduler.is_idle
+    assert rehearsal.ask() == []

@@ -45,8 +45,8 @@ class EmulatedChannel(Channel):
 
     def __init__(self, size: int, link: EmulatedLink | None) -> None:
         """Without a link everything is there at once, and nothing moves."""
-        super().__init__([0], 0)
-        self.ranks, self._link = tuple(range(size)), link
+        super().__init__()
+        self.size, self._link = size, link
         self._line = link.open_line() if link else None
 
     def swap(

@@ -57,13 +57,15 @@ class Network:
     def limit(self, bits_per_s: float | None) -> None:
         """Limits what each rank can send; None takes the limit off. What is on its way stays on its way."""
         for rank, before in enumerate(self._limits):
-            root = ("dev", DEVICE, "root")
             if bits_per_s is not None:
-                bucket = ("tbf", "rate", f"{round(bits_per_s)}bit", "burst", _BURST, "limit", _QUEUE)
-                _run("tc", "-n", _name(rank), "qdisc", "replace", *root, *bucket)
+                _limit(_name(rank), DEVICE, bits_per_s)
             elif before is not None:
-                _run("tc", "-n", _name(rank), "qdisc", "del", *root)
+                _run("tc", "-n", _name(rank), "qdisc", "del", "dev", DEVICE, "root")
             self._limits[rank] = bits_per_s
+
+    def limit_inside(self, rank: int, bits_per_s: float) -> None:
+        """Limits what processes in the namespace of a rank send to each other, both ways together."""
+        _limit(_name(rank), "lo", bits_per_s)
 
 
 @contextlib.contextmanager
@@ -112,6 +114,11 @@ def _listed(kind: str) -> list[dict[str, Any]]:
     said = _run("ip", "-j", kind, "list")
     entries: list[dict[str, Any]] = json.loads(said) if said.strip() else []
     return entries
+
+
+def _limit(namespace: str, device: str, bits_per_s: float) -> None:
+    bucket = ("tbf", "rate", f"{round(bits_per_s)}bit", "burst", _BURST, "limit", _QUEUE)
+    _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", *bucket)
 
 
 def _name(rank: int) -> str:

@@ -18,10 +18,11 @@ from pipedit.bench.emulated_link import EmulatedChannel, EmulatedLink, open_link
 from pipedit.bench.environment import environment
 from pipedit.bench.sampling import Spread, interleave, ratio
 from pipedit.core.errors import InvalidRequestError
+from pipedit.core.shares import split_evenly
 from pipedit.parallel.exchange import ExchangeShape
 from pipedit.parallel.kernels import attention
 from pipedit.parallel.pipesp import Lines, Overlap, PipeSP, Schedule
-from pipedit.parallel.splits import chunk_heads, split_evenly
+from pipedit.parallel.splits import chunk_heads
 from pipedit.parallel.workspace import Workspace
 from pipedit.worker.device import device_problems, resolve_device
 

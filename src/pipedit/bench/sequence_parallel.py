@@ -145,7 +145,7 @@ def _attention_run(bench: SequenceParallelBench, net: Network, link: float, tell
 def _attention_egress_bytes(shape: AttentionShape, ranks: int) -> int:
     """Of the rank that sends most."""
     from pipedit.bench.strategies import egress_bytes
-    from pipedit.parallel.splits import split_evenly
+    from pipedit.core.shares import split_evenly
 
     tokens, heads = split_evenly(shape.tokens, ranks), split_evenly(shape.heads, ranks)
     return max(egress_bytes(tokens, heads, rank, shape.head_dim * 4) for rank in range(ranks))

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 
 from pipedit.core.parallel import AUTO, ParallelConfig
+from pipedit.core.shares import ranges, split_evenly
 from pipedit.core.spans import Span
 from pipedit.parallel.calls import Call, Kernel, Result
 from pipedit.parallel.exchange import ExchangeShape
+from pipedit.parallel.groups import channel_opener, default_store
 from pipedit.parallel.kernels import attention
 from pipedit.parallel.pipesp import PipeSP, Schedule
 from pipedit.parallel.record import Record
 from pipedit.parallel.runtime import CHUNK_CHOICES, ParallelRuntime
-from pipedit.parallel.splits import chunk_heads, ranges, split_evenly
+from pipedit.parallel.splits import chunk_heads
 from pipedit.parallel.tuning import ROUNDS
 from pipedit.parallel.workspace import Workspace
 
@@ -86,7 +88,7 @@ class AttentionBench:
         self._share = [x[:, mine].contiguous() for x in self._whole]  # [1, n, S, D]
         self.reference = attention(*self._whole)[:, :, rows].transpose(1, 2).contiguous()
         self._result = torch.empty_like(self.reference)  # every variant fills it
-        self._runtime = CountingRuntime(ranks=range(world_size), rank=rank, device="cpu")
+        self._runtime = counting_runtime(rank, world_size)
         self._runtime.use(ParallelConfig(ulysses_degree=world_size, pipesp_chunks=AUTO))
         self._runtime.begin_forward(tokens)
 
@@ -171,6 +173,12 @@ class CountingRuntime(ParallelRuntime):
             chunks += 1
             yield part
         self.last_chunks = chunks
+
+
+def counting_runtime(rank: int, world_size: int) -> CountingRuntime:
+    """On the ranks of torch.distributed. Once in a process."""
+    open_channel = channel_opener(default_store("bench"), rank=rank, device="cpu")
+    return CountingRuntime(ranks=range(world_size), rank=rank, device="cpu", open_channel=open_channel)
 
 
 class SilentParallel:

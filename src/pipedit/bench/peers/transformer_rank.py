@@ -18,13 +18,13 @@ import diffusers
 import torch
 
 from pipedit.bench.rank_program import Place, Variant, join, serve
-from pipedit.bench.strategies import TUNING_CALLS, CountingRuntime, SilentParallel
+from pipedit.bench.strategies import TUNING_CALLS, SilentParallel, counting_runtime
 from pipedit.core.parallel import AUTO, ParallelConfig
+from pipedit.core.shares import split_evenly
 from pipedit.models.random_pipelines import WanSizes, randomise, sizes_of
 from pipedit.models.sequence import attach
 from pipedit.models.sequence_bindings import binding_of
 from pipedit.parallel.runtime import CHUNK_CHOICES
-from pipedit.parallel.splits import split_evenly
 
 Inputs = dict[str, torch.Tensor]
 
@@ -70,7 +70,7 @@ def enable_context_parallel(transformer: Any, world_size: int) -> None:
 
 
 def ours(transformer: Any, inputs: Inputs, place: Place) -> dict[str, Variant]:
-    runtime = CountingRuntime(ranks=range(place.world_size), rank=place.rank, device="cpu")
+    runtime = counting_runtime(place.rank, place.world_size)
     attach(transformer, binding_of(transformer), runtime)
 
     def run(config: ParallelConfig) -> torch.Tensor:
