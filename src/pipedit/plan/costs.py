@@ -5,6 +5,7 @@ turns operations into time with a device profile; `plan.memory` turns bytes into
 """
 
 import dataclasses
+import functools
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,33 @@ class TransformerCost:
     layers: tuple[Operations, ...]
     back: Operations
 
-    @property
+    @functools.cached_property
     def total(self) -> Operations:
         return sum(self.layers, self.front + self.back)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedAttention:
+    """The self-attentions of one forward pass (batch 1), which ranks can share by heads.
+
+    `operations`: all `sites` together; whatever else attends (to text) goes by tokens. `projections`: operations that
+    make q, k and v of the latents. `joint_text`: the text's tokens are in the same attention. `is_masked`: its kernel
+    adds a mask, which is slower. `element`: bytes of a value that is exchanged.
+    """
+
+    sites: int
+    heads: int
+    head_dim: int
+    operations: int
+    projections: int
+    element: int
+    joint_text: bool = False
+    is_masked: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        """Of q, k or v of one token, all heads, at one site."""
+        return self.heads * self.head_dim * self.element
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +94,9 @@ class RequestCost:
     decode_chunk: Operations  # each further chunk
     decode_last_chunk: Operations | None = None  # where the last of several chunks is smaller
     parts: dict[str, PartBytes]  # "text_encoder", "transformer", ..., "vae"
+    attention: SharedAttention | None = None  # None: unknown, so nothing can be predicted for several ranks
+    forwards_per_call: int = 1  # 2 where both forwards of a step run as one batch
+    decodes_in_rounds: bool = False  # several decoders take a chunk each; else they share every chunk
 
     @property
     def denoise(self) -> Operations:

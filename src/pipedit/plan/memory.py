@@ -1,12 +1,13 @@
 """Does a request fit into memory, and if not, what would? Pure arithmetic over cost profiles."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from pipedit.core.parallel import ParallelConfig
+from pipedit.core.placement import Role
 from pipedit.core.request import VideoRequest
 from pipedit.core.units import MIB, format_bytes
-from pipedit.plan.costs import RequestCost
+from pipedit.plan.costs import PartBytes, RequestCost
 
 # Allocator fragmentation and kernel workspaces: what the formulas do not see.
 _MARGIN_PERCENT = 110
@@ -15,6 +16,7 @@ RUNTIME_BYTES = 512 * MIB
 # What sharing the tokens adds to a worker's share of activations: what it sends and receives of q, k, v and the output,
 # and with a ring two more pairs of keys and values and the sum of what it has seen, in float32.
 _EXCHANGE_PERCENT, _RING_PERCENT = 150, 200
+_ROLE_OF_PART = {"text_encoder": Role.ENCODER, "transformer": Role.DENOISER, "vae": Role.DECODER}  # by the first words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,23 +29,60 @@ class Need:
     num_workers: int = 1
 
     @classmethod
-    def of(cls, cost: RequestCost, parallel: ParallelConfig | None = None, *, num_workers: int = 1) -> "Need":
-        """`num_workers` workers with every role, each with its share of the tokens as in `parallel`.
+    def of(
+        cls,
+        cost: RequestCost,
+        parallel: ParallelConfig | None = None,
+        *,
+        num_workers: int = 1,
+        roles: Collection[Role] = tuple(Role),
+        helping: int = 0,
+    ) -> "Need":
+        """`num_workers` workers with these roles, denoisers each with its share of the tokens as in `parallel`.
+        `helping`: bytes that a decoder needs on top to help with attention (`help_bytes`).
 
         Cautious: every worker is counted with a whole text encoder, and with the VAE's part that `cost` was asked for,
         all at the same moment; of the transformer's activations a worker has those of its tokens and of all the text,
         and room for the exchange.
         """
         parallel = parallel or ParallelConfig()
+        parts = {name: part for name, part in cost.parts.items() if role_of_part(name) in roles}
         working = max(
             _shared_working(cost, part.working, parallel) if name.startswith("transformer") else part.working
-            for name, part in cost.parts.items()
+            for name, part in parts.items()
         )
         return cls(
-            weights=num_workers * cost.weight_bytes,
-            working=num_workers * (working + cost.latent_bytes),
+            weights=num_workers * sum(part.weights for part in parts.values()),
+            working=num_workers * (working + cost.latent_bytes + helping),
             num_workers=num_workers,
         )
+
+    @classmethod
+    def offloaded(
+        cls, cost: RequestCost, parallel: ParallelConfig | None = None, *, roles: Collection[Role] = tuple(Role)
+    ) -> "Need":
+        """A worker whose weights wait in host memory: the text encoders, one transformer, or the VAE is on the device
+        at a time."""
+        together: dict[str, dict[str, PartBytes]] = {}
+        for name, part in cost.parts.items():
+            if (role := role_of_part(name)) in roles:
+                together.setdefault(name if role is Role.DENOISER else role, {})[name] = part
+        needs = (cls.of(dataclasses.replace(cost, parts=parts), parallel) for parts in together.values())
+        return max(needs, key=lambda need: need.weights + need.working)
+
+    @classmethod
+    def together(cls, needs: Sequence["Need"]) -> "Need":
+        """Of workers that live in one memory."""
+        return cls(
+            weights=sum(need.weights for need in needs),
+            working=sum(need.working for need in needs),
+            num_workers=sum(need.num_workers for need in needs),
+        )
+
+
+def role_of_part(name: str) -> Role:
+    """Of a part of a RequestCost, such as "text_encoder_2": who needs it."""
+    return next(role for start, role in _ROLE_OF_PART.items() if name.startswith(start))
 
 
 def _shared_working(cost: RequestCost, working: int, parallel: ParallelConfig) -> int:

@@ -15,12 +15,15 @@ INK, SOFT_INK, PAPER, BAND, GRID, BRACKET = "#1e293b", "#64748b", "#ffffff", "#f
 _KIND_COLOURS = {
     "load": "#94a3b8",
     "encode": "#a45fb8",
+    "fetch": "#c9604a",
+    "onload": "#b5873c",
     "step": "#3b78c9",
+    "help": "#5aa9e6",
     "decode": "#ea9a35",
     "write": "#35a27b",
     "exchange": "#d1497a",
 }
-_MORE_COLOURS = ("#5aa9e6", "#b5873c", "#7c8f2e", "#c9604a", "#5e7ce2", "#4c9a9a")
+_MORE_COLOURS = ("#7c8f2e", "#5e7ce2", "#4c9a9a", "#8d6e63", "#b0479b", "#6b8fa3")
 _TINTS = (0.0, 0.36, 0.18)  # how much white the boxes of neighbouring requests get, in turn
 
 

@@ -1,0 +1,282 @@
+"""The planner: which arrangement makes some videos soonest, what each would take, and why others cannot run.
+
+It is told how long work takes (`DurationsOf`) and how much memory there is; it reads nothing itself.
+"""
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from pipedit.plan.arrangements import Arrangement, Asked, Kind, Refusal, arrangements, degree_refusals
+from pipedit.plan.estimate import DurationsOf, estimate_makespan_s
+from pipedit.plan.outcome import summarize
+from pipedit.plan.planned_video import PlannedVideo
+from pipedit.plan.pools import Pool, Service
+from pipedit.plan.predict import Predictor
+from pipedit.plan.predicted_durations import PredictedDurations
+from pipedit.plan.rank_memory import RankNeed, memory_refusal, rank_needs
+from pipedit.plan.simulator import Arrival, simulate
+
+TIE = 0.01  # what takes no more than this much longer counts as equal
+_SPLITS_SIMULATED, _VARIANTS_SIMULATED = 8, 3  # numbers of workers by role, and ways to run each of them
+_MOST_COMMANDS = 4000  # in one simulation; of more videos than that makes, the rest is extrapolated
+
+_Split = tuple[Kind, int, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """All videos handed in at second 0. `idle`: by group, the share of its ranks' time without work."""
+
+    num_videos: int
+    makespan_s: float
+    first_video_s: float
+    idle: Mapping[str, float]
+
+    @property
+    def seconds_each(self) -> float:
+        return self.makespan_s / self.num_videos
+
+    @property
+    def videos_per_hour(self) -> float:
+        return 3600 / self.seconds_each
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """An arrangement that can run. `needs`: by rank."""
+
+    arrangement: Arrangement
+    prediction: Prediction
+    needs: tuple[RankNeed, ...]
+
+    @property
+    def makespan_s(self) -> float:
+        return self.prediction.makespan_s
+
+    @property
+    def peak_bytes(self) -> tuple[int, ...]:
+        """By rank."""
+        return tuple(need.needed_bytes for need in self.needs)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of all workers' weights, where they wait in host memory."""
+        if not self.arrangement.kind.is_offloaded:
+            return 0
+        return self.arrangement.num_workers * max(need.video.cost.weight_bytes for need in self.needs)
+
+    @property
+    def split(self) -> _Split:
+        placement = self.arrangement.placement
+        return self.arrangement.kind, len(placement.denoisers), len(placement.decoders)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """`proposals`: best first. `compared`: arrangements that were looked at, those that are not worth simulating
+    included."""
+
+    videos: tuple[PlannedVideo, ...]
+    num_workers: int
+    proposals: tuple[Proposal, ...]
+    refusals: tuple[Refusal, ...]
+    compared: int
+
+    @property
+    def best(self) -> Proposal | None:
+        return self.proposals[0] if self.proposals else None
+
+    def best_of(self, kind: Kind) -> Proposal | None:
+        return next((proposal for proposal in self.proposals if proposal.arrangement.kind is kind), None)
+
+    def best_by_split(self) -> list[Proposal]:
+        """The best of each number of workers by role, best first."""
+        found: dict[_Split, Proposal] = {}
+        for proposal in self.proposals:
+            found.setdefault(proposal.split, proposal)
+        return list(found.values())
+
+
+def make_plan(
+    videos: Sequence[PlannedVideo],
+    num_workers: int,
+    *,
+    available_bytes: int,
+    durations_of: DurationsOf,
+    asked: Asked | None = None,
+    tiled: Sequence[PlannedVideo] = (),
+    tie: float = TIE,
+) -> Plan:
+    """`available_bytes`: on each worker's device. `tiled`: the same videos, their VAE in spatial tiles, to say where
+    that would make room. `tie`: see `ranked`."""
+    asked = asked or Asked()
+    found = list(arrangements(num_workers, videos, asked))
+    needs = {arrangement: rank_needs(arrangement, videos) for arrangement in found}
+    fitting = [arrangement for arrangement in found if _fits(arrangement, needs[arrangement], available_bytes)]
+    proposals = [
+        Proposal(
+            arrangement=arrangement,
+            prediction=predict(arrangement, videos, durations_of),
+            needs=needs[arrangement],
+        )
+        for arrangement in _shortlist(fitting, videos, durations_of)
+    ]
+    unfit = [arrangement for arrangement in found if arrangement not in set(fitting)]
+    refusals = [
+        *_kind_refusals(num_workers, asked),
+        *_memory_refusals(unfit, fitting, needs, available_bytes, num_workers, tiled),
+        *degree_refusals(num_workers, videos, asked.degrees),
+    ]
+    return Plan(
+        videos=tuple(videos),
+        num_workers=num_workers,
+        proposals=tuple(ranked(proposals, tie)),
+        refusals=_merged(refusals),
+        compared=len(found),
+    )
+
+
+def ranked(proposals: Iterable[Proposal], tie: float = TIE) -> list[Proposal]:
+    """Shortest makespan first; but of those that take up to a share `tie` longer than that, the simplest before all."""
+    order = sorted(proposals, key=lambda proposal: proposal.makespan_s)
+    if not order:
+        return []
+    limit_s = order[0].makespan_s * (1 + tie)
+    equals = (proposal for proposal in order if proposal.makespan_s <= limit_s)
+    best = min(equals, key=lambda proposal: proposal.arrangement.simplicity())
+    order.remove(best)
+    return [best, *order]
+
+
+# -- prediction ---------------------------------------------------------------------------------------------------
+
+
+def predicted_by(predictor: Predictor) -> DurationsOf:
+    """Durations on the predictor's cluster. Keep it for several plans: it remembers what steps take."""
+
+    @functools.cache
+    def resident(video: PlannedVideo) -> PredictedDurations:
+        return PredictedDurations.of(predictor, video.cost)
+
+    def durations_of(arrangement: Arrangement, video: PlannedVideo) -> PredictedDurations:
+        return dataclasses.replace(resident(video), is_offloaded=arrangement.kind.is_offloaded)
+
+    return durations_of
+
+
+def pool_of(arrangement: Arrangement, videos: Sequence[PlannedVideo], durations_of: DurationsOf) -> Pool:
+    """One engine that is arranged like this; the kinds of request are named by their places in `videos`."""
+    decoders = len(arrangement.placement.decoders)
+    services = {
+        str(number): Service(
+            work=video.work(arrangement.sharing(video), decoders), durations=durations_of(arrangement, video)
+        )
+        for number, video in enumerate(videos)
+    }
+    return Pool(placement=arrangement.placement, services=services, policy=arrangement.policy)
+
+
+def predict(arrangement: Arrangement, videos: Sequence[PlannedVideo], durations_of: DurationsOf) -> Prediction:
+    """Simulates all videos, handed in at once and well mixed; very many of one kind are extrapolated."""
+    kinds = _mixed(videos)
+    commands = max(video.cost.num_steps + video.chunks_with(1) for video in videos)
+    simulated = kinds[: max(8, _MOST_COMMANDS // commands)]
+    run = simulate([pool_of(arrangement, videos, durations_of)], [Arrival(at_s=0.0, kind=kind) for kind in simulated])
+    outcome, done = summarize(run), sorted(life.done_s for life in run.lives)
+    half = len(done) // 2
+    period_s = (done[-1] - done[half - 1]) / (len(done) - half) if half else done[-1]
+    return Prediction(
+        num_videos=len(kinds),
+        makespan_s=outcome.makespan_s + period_s * (len(kinds) - len(simulated)),
+        first_video_s=outcome.first_video_s,
+        idle={name: max(0.0, use.idle_share) for name, use in outcome.groups.items()},
+    )
+
+
+def _mixed(videos: Sequence[PlannedVideo]) -> list[str]:
+    """The kinds of all requests in an order in which every stretch has its share of each."""
+    turns = [
+        ((turn + 0.5) / video.count, str(number)) for number, video in enumerate(videos) for turn in range(video.count)
+    ]
+    return [kind for _, kind in sorted(turns)]
+
+
+def _shortlist(
+    fitting: Sequence[Arrangement], videos: Sequence[PlannedVideo], durations_of: DurationsOf
+) -> list[Arrangement]:
+    """Those that may be best, and the most promising of every kind, to compare with."""
+    estimates = {arrangement: estimate_makespan_s(arrangement, videos, durations_of) for arrangement in fitting}
+    by_split: dict[_Split, list[Arrangement]] = defaultdict(list)
+    for arrangement in sorted(fitting, key=lambda a: (estimates[a], a.simplicity())):
+        by_split[arrangement.kind, len(arrangement.placement.denoisers), len(arrangement.placement.decoders)].append(
+            arrangement
+        )
+    splits = list(by_split)  # in order of their best estimates
+    first_of_kind = {kind: split for split in reversed(splits) for kind in split[:1]}
+    chosen = dict.fromkeys([*splits[:_SPLITS_SIMULATED], *first_of_kind.values()])
+    return [arrangement for split in chosen for arrangement in by_split[split][:_VARIANTS_SIMULATED]]
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+
+def _fits(arrangement: Arrangement, needs: Sequence[RankNeed], available_bytes: int) -> bool:
+    return memory_refusal(needs, available_bytes, is_offloaded=arrangement.kind.is_offloaded) is None
+
+
+def _kind_refusals(num_workers: int, asked: Asked) -> list[Refusal]:
+    if num_workers > 1 or Kind.DISAGGREGATED not in asked.kinds:
+        return []
+    reason = "one worker cannot be divided into a group that denoises and one that decodes; it takes at least 2"
+    return [Refusal(what=Kind.DISAGGREGATED, reason=reason)]
+
+
+def _memory_refusals(
+    unfit: Sequence[Arrangement],
+    fitting: Sequence[Arrangement],
+    needs: Mapping[Arrangement, Sequence[RankNeed]],
+    available_bytes: int,
+    num_workers: int,
+    tiled: Sequence[PlannedVideo],
+) -> list[Refusal]:
+    """One for all arrangements of a kind that fail in the same roles, with the figures of the mildest. Those of which
+    some variant fits are not told, and neither are those on fewer workers."""
+
+    def place(arrangement: Arrangement) -> object:
+        return arrangement.kind, arrangement.placement
+
+    some_fit = {place(arrangement) for arrangement in fitting}
+    groups: dict[object, list[Arrangement]] = defaultdict(list)
+    for arrangement in unfit:
+        if arrangement.num_workers == num_workers and place(arrangement) not in some_fit:
+            worst = max(needs[arrangement], key=lambda need: need.needed_bytes)
+            groups[arrangement.kind, arrangement.encoder, worst.roles].append(arrangement)
+    refusals = []
+    for members in groups.values():
+        mildest = min(members, key=lambda arrangement: max(need.needed_bytes for need in needs[arrangement]))
+        offloaded = mildest.kind.is_offloaded
+        reason = memory_refusal(needs[mildest], available_bytes, is_offloaded=offloaded)
+        assert reason is not None
+        if tiled and _fits(mildest, rank_needs(mildest, tiled), available_bytes):
+            reason += "; tiling the VAE (--vae-use-tiling) would make room"
+        refusals.append(Refusal(what=_named(members), reason=reason))
+    return refusals
+
+
+def _merged(refusals: Sequence[Refusal]) -> tuple[Refusal, ...]:
+    """Each reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for refusal in refusals:
+        by_reason.setdefault(refusal.reason, []).append(refusal.what)
+    return tuple(Refusal(what="; ".join(whats), reason=reason) for reason, whats in by_reason.items())
+
+
+def _named(members: Sequence[Arrangement]) -> str:
+    """What the members have in common, such as "disaggregated 7+1, 6+2 (denoisers encode)"."""
+    kind, encoder = members[0].kind, members[0].encoder
+    if encoder is None:
+        return kind
+    splits = dict.fromkeys(f"{len(m.placement.denoisers)}+{len(m.placement.decoders)}" for m in members)
+    return f"{kind} {', '.join(splits)} ({encoder}s encode)"
