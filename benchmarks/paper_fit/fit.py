@@ -20,7 +20,7 @@ import numpy as np
 
 from pipedit.models.paper_costs import paper_cost
 from pipedit.plan.hardware import Cluster, make_cluster
-from pipedit.plan.paper_variants import ACO, BASELINE, DEDIVAE, PIPEDIT, PIPESP, SYSTEMS, PublishedSystem, predicted_s, step_s
+from pipedit.plan.paper_variants import BASELINE, PIPEDIT, SYSTEMS, PublishedSystem, predicted_s, step_s
 
 HERE = Path(__file__).parent
 Constants = Mapping[str, float]
@@ -84,23 +84,28 @@ WEIGHTS = {"6": 1.0, "7": 1.5, "figure 5": 0.5, "2": 0.5}
 
 
 def read_cases() -> list[Case]:
-    cases = []
-    for row in _rows("table6.csv"):
-        common = {name: int(row[name]) for name in ("width", "height", "frames", "steps")}
-        for variant, column in ((BASELINE, "baseline_s"), (PIPEDIT, "pipedit_s")):
-            cases.append(
-                Case(
-                    table="6", model=row["model"], gpu=row["gpu"], variant=variant, published_s=float(row[column]), **common
-                )
-            )
-    for table, file in (("7", "table7.csv"), ("figure 5", "figure5.csv"), ("2", "table2.csv")):
-        for row in _rows(file):
-            common = {name: int(row.get(name) or 0) for name in ("width", "height", "frames", "steps")}
-            seconds = float(row.get("published_s") or row["published_step_s"])
-            cases.append(
-                Case(table=table, model=row["model"], gpu=row["gpu"], variant=row["variant"], published_s=seconds, **common)
-            )
-    return cases
+    columns = {BASELINE: "baseline_s", PIPEDIT: "pipedit_s"}
+    cases = [
+        _case("6", {**row, "variant": variant, "published_s": row[column]})
+        for row in _rows("table6.csv")
+        for variant, column in columns.items()
+    ]
+    others = {"7": "table7.csv", "figure 5": "figure5.csv", "2": "table2.csv"}
+    return cases + [_case(table, row) for table, file in others.items() for row in _rows(file)]
+
+
+def _case(table: str, row: Mapping[str, str]) -> Case:
+    return Case(
+        table=table,
+        model=row["model"],
+        gpu=row["gpu"],
+        width=int(row["width"]),
+        height=int(row["height"]),
+        frames=int(row["frames"]),
+        steps=int(row.get("steps") or 0),
+        variant=row["variant"],
+        published_s=float(row.get("published_s") or row["published_step_s"]),
+    )
 
 
 def _rows(file: str) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """`pipedit plan`: the tables, the command that it hands out, JSON, and what is wrong with a question."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def test_json_holds_everything(cli: Cli) -> None:
     assert set(best["idle_share"]) == ({"denoise", "decode"} if best["kind"] == "disaggregated" else {"all"})
     assert best["makespan_s"] == pytest.approx(4 * best["seconds_each"])
     assert document["command"].endswith(shlex.join(best["flags"]))
+    price = document["machine"]["price_per_hour"]
+    assert best["cost_per_video"] == pytest.approx(price * 8 * best["seconds_each"] / 3600)
     assert any("GiB of it weights" in refusal["reason"] for refusal in document["refusals"])
     assert json.dumps(document)
 
@@ -77,7 +80,8 @@ def test_less_memory_changes_what_is_proposed(cli: Cli) -> None:
     assert "colocated" not in kinds("14")
     nothing = cli(*WAN, "--memory", "2")
     assert nothing.code == 0
-    assert "nothing of this can run" in nothing.out
+    assert "Nothing of this can run" in nothing.out
+    assert "the weights alone do not fit" in nothing.out
     assert "To run the first" not in nothing.out
     assert cli(*WAN, "--memory", "2", "--json").document["command"] is None
 
@@ -89,6 +93,33 @@ def test_guidance_allows_two_halves(cli: Cli) -> None:
 
     assert degrees("5") == {1, 2}
     assert degrees("1") == {1}
+
+
+def test_what_would_fit_is_said(cli: Cli) -> None:
+    advice = cli(*HUNYUAN, "--gpus", "1", "--memory", "34", "--json").document["advice"]
+    found = re.search(r"would fit: (\d+) frames of this size, or 129 frames of (\d+x\d+)", advice)
+    assert found is not None
+    frames, size = found.groups()
+    assert int(frames) < 129
+    width, _, height = size.partition("x")
+    for smaller in (("--num-frames", frames), ("--width", width, "--height", height)):
+        assert cli(*HUNYUAN, *smaller, "--gpus", "1", "--memory", "34", "--json").document["proposals"]
+
+
+def test_several_engines_beside_each_other_are_mentioned(cli: Cli) -> None:
+    document = cli(*WAN, "--prompts", "8", "--gpus", "4", "--json").document
+    beside, best = document["replicas"], document["proposals"][0]
+    assert beside["engines"] * beside["each"]["num_workers"] <= 4
+    assert beside["each"]["first_video_s"] > best["first_video_s"]
+    assert beside["videos_per_hour"] == pytest.approx(3600 * 8 / beside["makespan_s"])
+    assert cli(*WAN, "--prompts", "1", "--json").document["replicas"] is None
+
+
+def test_a_model_that_can_only_be_planned_for(cli: Cli) -> None:
+    ran = cli("plan", "--model", "open-sora-plan-v1.3", "--gpu", "l40", "--num-frames", "65")
+    assert ran.code == 0
+    assert "not run it yet" in ran.out
+    assert "To run the first" not in ran.out
 
 
 def test_top_limits_the_rows_but_keeps_a_row_of_each_kind(cli: Cli) -> None:

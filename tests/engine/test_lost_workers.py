@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from pipedit.core.spans import Span
 from pipedit.engine.updates import Failed, Finished, Frames, Restarted
 from pipedit.executor.simulated import SimulatedExecutor
 
-SMALL = {"num_frames": 9, "height": 32, "width": 48, "num_inference_steps": 3}
+SMALL: dict[str, Any] = {"num_frames": 9, "height": 32, "width": 48, "num_inference_steps": 3}
 
 
 class Mortal(SimulatedExecutor):

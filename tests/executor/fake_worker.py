@@ -19,6 +19,7 @@ from pipedit.worker.process import run_process
 from pipedit.worker.service import WorkerSpec
 
 HANG_S = 60.0
+WORK_S = 0.002  # that each command takes
 
 
 class UnportableError(PipeditError):
@@ -40,21 +41,22 @@ class FakeWorker:
 
     def handle(self, command: messages.Command) -> messages.Event:
         rank, request_id = self._rank, command.request_id
+        time.sleep(WORK_S)
         match command:
             case messages.Encode():
                 self._prompts[request_id] = command.request.prompt
                 return messages.Encoded(request_id=request_id, rank=rank)
             case messages.Denoise():
                 if command.step == 1:
-                    self._misbehave(self._prompts[request_id])
+                    self._misbehave(self._prompts.get(request_id, ""))
                 span = self._span(request_id, "step", command.step)
                 return messages.StepDone(request_id=request_id, rank=rank, step=command.step, spans=(span,))
             case messages.Decode():
                 if command.latents_at is not None:
-                    self._misbehave(self._prompts[request_id])
+                    self._misbehave(self._prompts.get(request_id, ""))
                 frames = np.full((4, 16, 16, 3), command.chunk, np.uint8) if rank == command.ranks[0] else None
                 return messages.ChunkDecoded(request_id=request_id, rank=rank, chunk=command.chunk, frames=frames)
-        del self._prompts[request_id]
+        self._prompts.pop(request_id, None)
         return messages.Released(request_id=request_id, rank=rank)
 
     def close(self) -> None: ...

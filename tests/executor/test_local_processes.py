@@ -1,5 +1,6 @@
 """The life and death of worker processes, with workers that need no model."""
 
+import dataclasses
 import os
 import pickle
 import signal
@@ -140,12 +141,13 @@ def test_a_failed_command_is_an_event_and_everything_lives_on() -> None:
 FETCH = messages.Decode(request_id="a", ranks=(1,), request=ANY, chunk=0, latents_at=0)
 
 
-def test_a_rank_that_cannot_fetch_because_the_other_is_dead_is_not_the_one_to_blame() -> None:
+@pytest.mark.parametrize("command", [FETCH, dataclasses.replace(STEP_1, ranks=(1,))], ids=["fetch", "meet"])
+def test_a_rank_that_fails_because_another_is_dead_is_not_the_one_to_blame(command: messages.Command) -> None:
     executor = fake_executor()
     executor.start(START_S)
     begin(executor, f"1 kill {executor.pids[0]}")
     with pytest.raises(WorkerDiedError, match="worker 0 died while it was waiting for work"):
-        call(executor, FETCH)
+        call(executor, command)
 
 
 def test_a_rank_that_cannot_fetch_from_one_that_lives_has_failed_itself() -> None:

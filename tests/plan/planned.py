@@ -16,10 +16,10 @@ GIB = 2**30
 OPERATIONS_PER_S = 1e14
 
 
-def published(name: str, *, count: int = 10, tiling: bool = False, **settings: Any) -> list[PlannedVideo]:
+def published(name: str, *, count: int = 10, **settings: Any) -> list[PlannedVideo]:
     adapter = open_published(name)
     request = adapter.complete(VideoRequest(prompt="", **settings))
-    return planned_videos([request] * count, adapter, adapter.default_precision("cuda"), tiling=tiling)
+    return planned_videos([request] * count, adapter, adapter.default_precision("cuda"))
 
 
 def hunyuan(**settings: Any) -> list[PlannedVideo]:

@@ -85,7 +85,7 @@ def test_videos_that_differ_may_each_have_degrees_of_their_own() -> None:
 
 
 def test_hunyuan_on_eight_cards_of_48_gib() -> None:
-    found = plan(hunyuan(), 8, gib=48, tiled=hunyuan(tiling=True), durations_of=slow_decode)
+    found = plan(hunyuan(), 8, gib=48, durations_of=slow_decode)
     why = {refusal.what: refusal.reason for refusal in found.refusals}
     assert re.match(
         r"129 frames of 1024x576 need about \S+ GiB on a worker with text encoder, transformer, VAE \(\S+ GiB of it "

@@ -214,7 +214,8 @@ def test_three_requests_of_two_priorities_in_every_order(name: str) -> None:
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_one_trouble_at_every_point(name: str) -> None:
     """A cancel, a failure, or the loss of all workers."""
-    explored = explore(begin(name, {"a": SHORT, "b": SHORT}, troubles=1, batch=1 if name == LARGE else 2))
+    batch = 2 if len(PLACEMENTS[name].world) < 3 else 1
+    explored = explore(begin(name, {"a": SHORT, "b": SHORT}, troubles=1, batch=batch))
     check_seen(name, explored)
     assert {Phase.CANCELLED, Phase.FAILED} <= explored.phases
 

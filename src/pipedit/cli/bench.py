@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.table import Table
 
-from pipedit.cli.bench_tables import disaggregation_tables, overlap_table, sequence_parallel_tables
+from pipedit.cli.bench_tables import disaggregation_tables, faults_table, overlap_table, sequence_parallel_tables
 from pipedit.cli.console import session_of
 from pipedit.cli.options import Command, Group, JsonFlag
 from pipedit.core.errors import InvalidRequestError, PipeditError
@@ -278,6 +278,33 @@ def bench_disaggregation(
         for table in disaggregation_tables(result):
             session.terminal.table(table)
     _write(result, output)
+
+
+@bench.command("faults", cls=Command)
+def bench_faults(
+    context: typer.Context,
+    model: Model = "tiny",
+    kills: Annotated[
+        int | None, typer.Option(min=0, help="Workers to kill (default: each role at each stage of each placement).")
+    ] = None,
+    cancels: Annotated[int, typer.Option(min=0, help="Requests to cancel at random times.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the random times.")] = 0,
+    as_json: JsonFlag = False,
+    output: Output = None,
+) -> None:
+    """Kill workers and cancel requests at every stage, in every placement: errors, other requests, what is left over.
+    On the CPU."""
+    _check_target(output)
+    from pipedit.bench import faults
+
+    session = session_of(context)
+    result = faults.run(faults.FaultBench(model=model, kills=kills, cancels=cancels, seed=seed), session.terminal.say)
+    session.report.update(result)
+    if not as_json:
+        session.terminal.table(faults_table(result))
+    _write(result, output)
+    if result["problems"]:
+        raise PipeditError("\n".join(result["problems"]))
 
 
 def _mixes(text: str) -> dict[str, int]:

@@ -2,17 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pipedit.core.errors import CheckpointError, InvalidRequestError
 from pipedit.core.request import VideoRequest
 from pipedit.core.units import GIB
-from pipedit.models.adapter import ModelAdapter
-from pipedit.models.planned_videos import planned_video
-from pipedit.models.published_configs import PUBLISHED
-from pipedit.models.registry import KNOWN_MODELS, open_model, open_published
-from pipedit.models.validation import check_request
+from pipedit.models.by_name import PlannableModel, find_model, known_names
 from pipedit.plan.cluster_file import read_cluster_file
 from pipedit.plan.degrees import MOST_WORKERS
 from pipedit.plan.hardware import Cluster, known_devices, make_cluster
@@ -20,7 +15,6 @@ from pipedit.plan.planned_video import PlannedVideo
 
 _DEFAULT_GPUS = 8
 _MOST_PROMPTS = 10**6
-_CPU = "cpu"
 
 _Made = TypeVar("_Made")
 
@@ -38,37 +32,47 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """`tiled`: the same videos with the VAE in spatial tiles; none where they are asked for like that. `given`: what
-    the user said of the videos, as fields of VideoRequest."""
+    """`given`: what the user said of the videos, as fields of VideoRequest. `tiling`: their VAE decodes in tiles."""
 
-    model: str
-    videos: tuple[PlannedVideo, ...]
-    tiled: tuple[PlannedVideo, ...]
+    name: str
+    model: PlannableModel
+    request: VideoRequest
+    count: int
     cluster: Cluster
     available_bytes: int
     given: Mapping[str, Any]
     tiling: bool
 
+    def planned(self, request: VideoRequest) -> PlannedVideo:
+        """Videos like this one instead."""
+        video = self.model.planned(request, self.count)
+        return video.tiled if self.tiling and video.tiled is not None else video
+
+    @property
+    def videos(self) -> list[PlannedVideo]:
+        return [self.planned(self.request)]
+
 
 def ask(
-    model: str | None, given: Mapping[str, Any], machine: Machine, *, prompts: int, top: int, tiling: bool
+    name: str | None, given: Mapping[str, Any], machine: Machine, *, prompts: int, top: int, tiling: bool
 ) -> Question:
     """Raises InvalidRequestError with everything that is wrong."""
     problems = _count_problems(prompts, top, machine)
-    cluster = _collect(problems, lambda: find_cluster(machine))
-    adapter = _collect(problems, lambda: open_for_planning(model))
-    request = None if adapter is None else _request(adapter, given, problems)
-    if problems or cluster is None or adapter is None or request is None:
+    cluster = _collect(problems, lambda: _find_cluster(machine))
+    device_type = "cpu" if cluster is not None and cluster.device.name == "cpu" else "cuda"
+    model = _collect(problems, lambda: _find_model(name, device_type))
+    request = None if model is None else model.complete(VideoRequest(prompt="", **given))
+    if model is not None and request is not None:
+        problems += model.problems(request)
+    if problems:
         raise InvalidRequestError(problems)
-    precision = adapter.default_precision(_CPU if cluster.device.name == _CPU else "cuda")
-    whole, tiled = (
-        planned_video(request, adapter, precision, tiling=in_tiles, count=prompts) for in_tiles in (tiling, True)
-    )
+    assert cluster is not None and model is not None and request is not None and name is not None
     memory = cluster.device.memory_bytes if machine.memory_gib is None else int(machine.memory_gib * GIB)
     return Question(
-        model=str(model),
-        videos=(whole,),
-        tiled=() if tiling else (tiled,),
+        name=name,
+        model=model,
+        request=request,
+        count=prompts,
         cluster=cluster,
         available_bytes=memory,
         given=given,
@@ -76,42 +80,24 @@ def ask(
     )
 
 
-def open_for_planning(name: str | None) -> ModelAdapter:
-    """Published models are known without their files; else a folder or a hub id."""
-    aliases = {model.hub_id: model.alias for model in KNOWN_MODELS}
+def _find_model(name: str | None, device_type: str) -> PlannableModel:
     if name is None:
-        raise InvalidRequestError([f"--model is missing; give {', '.join(PUBLISHED)}, a folder or a hub id"])
-    if aliases.get(name, name.lower()) in PUBLISHED:
-        return open_published(name)
+        raise InvalidRequestError([f"--model is missing; give {', '.join(known_names())}, a folder or a hub id"])
     try:
-        return open_model(name)
+        return find_model(name, device_type=device_type)
     except CheckpointError as error:
         raise InvalidRequestError(str(error).splitlines()) from error
 
 
-def find_cluster(machine: Machine) -> Cluster:
+def _find_cluster(machine: Machine) -> Cluster:
     if machine.cluster is not None:
         beside = {"--gpu": machine.gpu, "--gpus": machine.gpus, "--link": machine.link}
         if clashing := [flag for flag, value in beside.items() if value is not None]:
             raise InvalidRequestError([f"--cluster says it all; leave {' and '.join(clashing)} out"])
-        read = read_cluster_file(Path(machine.cluster))
-        return make_cluster(
-            read.device, read.link, num_devices=read.num_devices, devices_per_node=read.devices_per_node,
-            node_link=read.node_link,
-        )  # fmt: skip
+        return read_cluster_file(machine.cluster).cluster()
     if machine.gpu is None:
         raise InvalidRequestError([f"--gpu is missing; give {', '.join(known_devices())}, or a --cluster file"])
-    return make_cluster(machine.gpu, machine.link, num_devices=machine.gpus or _DEFAULT_GPUS)
-
-
-def _request(adapter: ModelAdapter, given: Mapping[str, Any], problems: list[str]) -> VideoRequest | None:
-    """Complete; problems are added to the others."""
-    request = adapter.complete(VideoRequest(prompt="any", **given))
-    if (request.true_cfg_scale or 0) > 1 and request.negative_prompt is None:
-        request = dataclasses.replace(request, negative_prompt="")  # which costs as much as any other
-    found = check_request(request, adapter)
-    problems += found
-    return None if found else request
+    return make_cluster(machine.gpu, machine.link, num_devices=_DEFAULT_GPUS if machine.gpus is None else machine.gpus)
 
 
 def _count_problems(prompts: int, top: int, machine: Machine) -> list[str]:

@@ -14,8 +14,10 @@ from pipedit.cli.plan_question import Question
 from pipedit.core.placement import Role
 from pipedit.core.units import GIB, format_bytes, format_seconds
 from pipedit.plan.arrangements import Arrangement, Kind
+from pipedit.plan.hardware import Cluster
 from pipedit.plan.planned_video import PlannedVideo
 from pipedit.plan.planner import Plan, Proposal
+from pipedit.plan.replicas import Replicas
 
 _LEGEND = (
     "degrees: c(fg), r(ing), u(lysses), where above 1. each: seconds a video, of all together. GiB: the most that a "
@@ -24,30 +26,43 @@ _LEGEND = (
 _COMMAND_WIDTH = 76  # of a line of the command, which must survive copying from a narrow terminal
 
 
-def plan_report(plan: Plan, question: Question, top: int) -> RenderableType:
-    """Everything, top down: the question, the proposals, what they gain, the command, the refused, the small print."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """`beside`: the best of several engines beside each other. `advice`: what would fit where nothing does."""
+
+    question: Question
+    plan: Plan
+    beside: Replicas | None
+    advice: str | None
+
+
+def plan_report(answer: Answer, top: int) -> RenderableType:
+    """Everything, top down: the question, the proposals, what they gain, the refused, the command, the small print."""
+    plan, question = answer.plan, answer.question
     best = plan.best
-    parts: list[RenderableType] = [Text(_title(question), style="bold"), Text(_machine_text(question))]
+    parts: list[RenderableType] = [Text(_title(answer), style="bold"), Text(_machine_text(question))]
     if best is None:
-        parts.append(Text("\nnothing of this can run; see why below", style="bold red"))
+        parts.append(Text(f"\nNothing of this can run: {answer.advice or 'see below'}.", style="bold red"))
     else:
-        parts += [proposal_table(shown_proposals(plan, top), plan.videos, best), *map(Text, gain_lines(plan))]
+        parts += [proposal_table(shown_proposals(plan, top), plan.videos, best), *map(Text, gain_lines(answer))]
     if plan.refusals:
         parts.append(refusal_table(plan))
-    if best is not None:
-        command = generate_command(best.arrangement, question)
+    if best is not None and question.model.can_run:
+        command = generate_command(best.arrangement, answer)
         parts += [Text("To run the first:", style="bold cyan"), Text(f"\n{folded(command)}\n", no_wrap=True)]
+    elif best is not None:
+        parts.append(Text(f"pipedit can plan for {question.name}, but not run it yet.\n", style="bold cyan"))
     parts.append(Text(small_print(question), style="dim"))
     return Group(*parts)
 
 
-def _title(question: Question) -> str:
-    (video,) = question.videos
+def _title(answer: Answer) -> str:
+    (video,), question = answer.plan.videos, answer.question
     videos = "1 video" if video.count == 1 else f"{video.count} videos"
     steps = "1 step" if video.cost.num_steps == 1 else f"{video.cost.num_steps} steps"
     guided = "guidance in two passes" if video.uses_guidance else "one pass a step"
     size = f"{video.request.width}x{video.request.height}, {video.request.num_frames} frames"
-    return f"{question.model}: {videos} of {size}, {steps}, {guided}"
+    return f"{question.name}: {videos} of {size}, {steps}, {guided}"
 
 
 def _machine_text(question: Question) -> str:
@@ -60,8 +75,9 @@ def _machine_text(question: Question) -> str:
 
 
 def shown_proposals(plan: Plan, top: int) -> list[Proposal]:
-    """The best of each number of workers by role, so many of them, and the best of each kind that is not among them."""
-    by_split = plan.best_by_split()
+    """The best of each number of workers by role, so many of them, and the best of each kind that is not among them.
+    Those that leave workers without work only where that is best."""
+    by_split = [p for p in plan.best_by_split() if p is plan.best or p.arrangement.num_workers == plan.num_workers]
     chosen = by_split[:top]
     kinds = {proposal.arrangement.kind for proposal in chosen}
     others = {proposal.arrangement.kind: proposal for proposal in reversed(by_split)}
@@ -69,14 +85,21 @@ def shown_proposals(plan: Plan, top: int) -> list[Proposal]:
 
 
 def small_print(question: Question) -> str:
-    """Where the figures come from."""
+    """Where the figures come from, each source once."""
     device, link = question.cluster.device, question.cluster.link
     sources = {**device.source, **(link.source if question.cluster.num_devices > 1 else {})}
-    by_text: dict[str, list[str]] = {}
+    by_origin: dict[str, list[str]] = {}
     for name, text in sources.items():
-        by_text.setdefault(text, []).append(name)
-    told = [f"{', '.join(names)}: {text}" for text, names in by_text.items()]
-    return "\n".join(["Predictions, not measurements: nothing was run.", *told])
+        by_origin.setdefault(_origin(text), []).append(name)
+    told = [f"{origin}: {', '.join(names)}" for origin, names in by_origin.items()]
+    return "\n".join(["Predictions, not measurements: nothing was run. Constants (--json tells more):", *told])
+
+
+def _origin(source: str) -> str:
+    """What sources have in common that differ in details."""
+    if source.startswith("published"):
+        return "published, times an assumed share"
+    return source.partition(":")[0]
 
 
 def proposal_table(proposals: Sequence[Proposal], videos: Sequence[PlannedVideo], best: Proposal) -> RenderableType:
@@ -143,18 +166,39 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
 
 
-def gain_lines(plan: Plan) -> list[str]:
+def gain_lines(answer: Answer) -> list[str]:
     """How much faster the best is than what else one would do."""
-    best = plan.best
+    best, lines = answer.plan.best, []
     assert best is not None
-    lines = []
     for kind in Kind:
-        rival = plan.best_of(kind)
-        if rival is None or kind is best.arrangement.kind:
-            continue
-        ratio = rival.makespan_s / best.makespan_s
-        lines.append(f"The first is {ratio:.2f}x as fast as {kind} ({format_seconds(rival.makespan_s)}).")
+        rival = answer.plan.best_of(kind)
+        if rival is not None and kind is not best.arrangement.kind:
+            ratio = rival.makespan_s / best.makespan_s
+            lines.append(f"The first is {ratio:.2f}x as fast as {kind} ({format_seconds(rival.makespan_s)}).")
+    if (cost := cost_per_video(answer.question.cluster, best)) is not None:
+        lines.append(
+            f"With it a video costs {cost:.2f}, at {answer.question.cluster.device.price_per_hour:g} an hour a device."
+        )
+    if answer.beside is not None:
+        lines.append(_beside_text(answer.beside, best))
     return lines
+
+
+def cost_per_video(cluster: Cluster, proposal: Proposal) -> float | None:
+    """In the currency of the device's price; all devices are paid for. None without a price."""
+    price = cluster.device.price_per_hour
+    return None if price is None else price * cluster.num_devices * proposal.prediction.seconds_each / 3600
+
+
+def _beside_text(beside: Replicas, best: Proposal) -> str:
+    """More videos an hour, or fewer; each of them later."""
+    arrangement, prediction = beside.proposal.arrangement, beside.proposal.prediction
+    ratio = best.makespan_s / beside.makespan_s
+    return (
+        f"{beside.engines} engines beside each other, {way_text(arrangement)} each, would take "
+        f"{format_seconds(beside.makespan_s)} in all ({ratio:.2f}x as fast as the first), the first video "
+        f"{format_seconds(prediction.first_video_s)} instead of {format_seconds(best.prediction.first_video_s)}."
+    )
 
 
 def refusal_table(plan: Plan) -> RenderableType:
@@ -188,15 +232,17 @@ def arrangement_flags(arrangement: Arrangement, videos: Sequence[PlannedVideo]) 
     return flags
 
 
-def generate_command(arrangement: Arrangement, question: Question) -> str:
+def generate_command(arrangement: Arrangement, answer: Answer) -> str:
     """What runs it, with the flags that say what to make as they were given."""
-    several = sum(video.count for video in question.videos) > 1
+    question, several = answer.question, answer.question.count > 1
     words = ["pipedit", "generate", *(["--prompt-file", "prompts.txt"] if several else ["PROMPT"])]
-    words += ["--model", question.model]
+    words += ["--model", question.name]
     for name, value in question.given.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--vae-use-tiling"] if question.tiling else []
-    return shlex.join([*words, *arrangement_flags(arrangement, question.videos)])
+    if (question.given.get("true_cfg_scale") or 0) > 1:
+        words += ["--negative-prompt", "NEGATIVE"]
+    return shlex.join([*words, *arrangement_flags(arrangement, answer.plan.videos)])
 
 
 def folded(command: str) -> str:
@@ -213,23 +259,37 @@ def folded(command: str) -> str:
 # -- as JSON ------------------------------------------------------------------------------------------------------
 
 
-def plan_as_json(plan: Plan, question: Question) -> dict[str, Any]:
+def plan_as_json(answer: Answer) -> dict[str, Any]:
+    plan, question, beside = answer.plan, answer.question, answer.beside
     cluster, best = question.cluster, plan.best
     return {
         "kind": "prediction",
-        "model": question.model,
+        "model": question.name,
         "videos": [_video_as_json(video) for video in plan.videos],
         "machine": {
             "device": cluster.device.name,
             "num_devices": cluster.num_devices,
             "link": cluster.link.name,
             "available_bytes": question.available_bytes,
+            "price_per_hour": cluster.device.price_per_hour,
             "source": {"device": dict(cluster.device.source), "link": dict(cluster.link.source)},
         },
-        "proposals": [_proposal_as_json(proposal, question) for proposal in plan.proposals],
+        "proposals": [
+            {**_proposal_as_json(proposal, plan.videos), "cost_per_video": cost_per_video(cluster, proposal)}
+            for proposal in plan.proposals
+        ],
+        "replicas": None
+        if beside is None
+        else {
+            "engines": beside.engines,
+            "makespan_s": beside.makespan_s,
+            "videos_per_hour": beside.videos_per_hour,
+            "each": _proposal_as_json(beside.proposal, plan.videos),
+        },
         "refusals": [{"what": refusal.what, "reason": refusal.reason} for refusal in plan.refusals],
+        "advice": answer.advice,
         "compared": plan.compared,
-        "command": None if best is None else generate_command(best.arrangement, question),
+        "command": None if best is None or not question.model.can_run else generate_command(best.arrangement, answer),
     }
 
 
@@ -247,7 +307,7 @@ def _video_as_json(video: PlannedVideo) -> dict[str, Any]:
     }
 
 
-def _proposal_as_json(proposal: Proposal, question: Question) -> dict[str, Any]:
+def _proposal_as_json(proposal: Proposal, videos: Sequence[PlannedVideo]) -> dict[str, Any]:
     arrangement, prediction = proposal.arrangement, proposal.prediction
     placement = arrangement.placement
     return {
@@ -259,7 +319,7 @@ def _proposal_as_json(proposal: Proposal, question: Question) -> dict[str, Any]:
         "encoders": list(placement.encoders),
         "aco": arrangement.aco,
         "offload": arrangement.kind.is_offloaded,
-        "parallel": [dataclasses.asdict(arrangement.sharing(video)) for video in question.videos],
+        "parallel": [dataclasses.asdict(arrangement.sharing(video)) for video in videos],
         "makespan_s": prediction.makespan_s,
         "seconds_each": prediction.seconds_each,
         "first_video_s": prediction.first_video_s,
@@ -267,5 +327,5 @@ def _proposal_as_json(proposal: Proposal, question: Question) -> dict[str, Any]:
         "idle_share": dict(prediction.idle),
         "peak_bytes": list(proposal.peak_bytes),
         "host_bytes": proposal.host_bytes,
-        "flags": arrangement_flags(arrangement, question.videos),
+        "flags": arrangement_flags(arrangement, videos),
     }

@@ -14,6 +14,7 @@ from typing import Any
 from pipedit.core.errors import CheckpointError, InvalidRequestError
 from pipedit.core.request import VideoRequest
 from pipedit.models.by_name import PlannableModel, find_model, is_same_model
+from pipedit.models.paper_costs import paper_cost
 from pipedit.plan.estimate import DurationsOf
 from pipedit.plan.hardware import Cluster, make_cluster
 from pipedit.plan.paper_variants import OURS, SYSTEMS, VARIANTS, PublishedSystem, predicted_s
@@ -154,17 +155,24 @@ def _cluster(gpu: str, link: str | None, gpus: int) -> tuple[Cluster | None, lis
 
 
 def _system(model: str) -> PublishedSystem | None:
-    return next((system for name, system in SYSTEMS.items() if is_same_model(name, model)), None)
+    name = _name_in_paper(model)
+    return None if name is None else SYSTEMS[name]
+
+
+def _name_in_paper(model: str) -> str | None:
+    return next((name for name in SYSTEMS if is_same_model(name, model)), None)
 
 
 # -- predictions --------------------------------------------------------------------------------------------------
 
 
 def _published_s(case: Case) -> float:
-    system, (model, _) = _system(case.model), _model(case.model)
-    assert system is not None and model is not None
-    cost = model.planned(case.request).cost
-    return predicted_s(system, cost, case.cluster, case.variant, steps=cost.num_steps, prompts=case.prompts)
+    """With the models' own decoding, as the paper ran it, not diffusers'."""
+    name, request = _name_in_paper(case.model), case.request
+    assert name and request.width and request.height and request.num_frames and request.num_inference_steps, case
+    cost = paper_cost(name, request.width, request.height, request.num_frames)
+    steps, prompts = request.num_inference_steps, case.prompts
+    return predicted_s(SYSTEMS[name], cost, case.cluster, case.variant, steps=steps, prompts=prompts)
 
 
 def _ours_s(case: Case) -> float:

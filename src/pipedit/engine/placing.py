@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from pipedit.core.placement import Placement, Role
 from pipedit.core.request import VideoRequest
+from pipedit.engine.hardware import cluster_of
 from pipedit.engine.settings import DecodeMode, EngineSettings, Strategy
 from pipedit.models.adapter import ModelAdapter, Precision
 from pipedit.models.planned_videos import planned_videos
@@ -13,7 +13,6 @@ from pipedit.plan.aco_gate import AcoMode
 from pipedit.plan.arrangements import Arrangement, Asked, Kind
 from pipedit.plan.choice import choose_placement
 from pipedit.plan.estimate import DurationsOf
-from pipedit.plan.hardware import Cluster, make_cluster, read_cluster
 from pipedit.plan.planner import predicted_by
 from pipedit.plan.predict import Predictor
 from pipedit.plan.scheduler import Policy
@@ -97,15 +96,6 @@ def _kinds(settings: EngineSettings) -> frozenset[Kind]:
 def _durations_of(settings: EngineSettings) -> DurationsOf:
     assert settings.hardware is not None
     return predicted_by(Predictor(cluster=cluster_of(settings.hardware, settings.num_workers)))
-
-
-def cluster_of(hardware: str, num_workers: int) -> Cluster:
-    """A file that `pipedit profile` has written, or the name of a known device. Raises InvalidRequestError."""
-    if not Path(hardware).is_file():
-        return make_cluster(hardware, num_devices=num_workers)
-    cluster = read_cluster(Path(hardware))
-    nodes = 1 if cluster.node_link is None else -(-num_workers // cluster.devices_per_node)
-    return dataclasses.replace(cluster, num_devices=num_workers, devices_per_node=-(-num_workers // nodes))
 
 
 def _settings_of(arrangement: Arrangement, settings: EngineSettings) -> EngineSettings:

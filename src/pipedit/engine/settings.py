@@ -2,10 +2,12 @@
 
 import dataclasses
 import enum
+import math
 from typing import Any
 
 from pipedit.core.errors import InvalidRequestError
 from pipedit.core.parallel import AUTO
+from pipedit.engine.hardware import hardware_problems
 from pipedit.executor.launched import find_launch
 from pipedit.models.adapter import ModelAdapter
 from pipedit.models.registry import EMBEDDED, open_model
@@ -70,19 +72,20 @@ class EngineSettings:
     @classmethod
     def of(cls, **given: Any) -> "EngineSettings":
         """Settings of which some are given (None: not). What follows from those is filled in: the third of three worker
-        counts, and the strategy that they mean."""
+        counts, and the strategy that alone gives them a meaning."""
         given = {name: value for name, value in given.items() if value is not None}
         denoise, decode = (_whole(given.get(name)) for name in ("denoise_workers", "decode_workers"))
         if denoise is not None and decode is not None and find_launch() is None:
             given.setdefault("num_workers", denoise + decode)
-        if denoise is not None or decode is not None:
-            given.setdefault("strategy", Strategy.DISAGGREGATED)
-            workers = _whole(given["num_workers"] if "num_workers" in given else default_num_workers())
-            if workers is not None and decode is None and denoise is not None:
-                given["decode_workers"] = workers - denoise
-            if workers is not None and denoise is None and decode is not None:
-                given["denoise_workers"] = workers - decode
-        return cls(**given)
+        settings = cls(**given)
+        if settings.strategy == Strategy.AUTO and settings._for_two_groups:
+            settings = dataclasses.replace(settings, strategy=Strategy.DISAGGREGATED)
+        workers = _whole(settings.num_workers) or 0
+        if decode is None and denoise is not None and denoise < workers:
+            return dataclasses.replace(settings, decode_workers=workers - denoise)
+        if denoise is None and decode is not None and decode < workers:
+            return dataclasses.replace(settings, denoise_workers=workers - decode)
+        return settings
 
     @property
     def wanted(self) -> Wanted:
@@ -102,8 +105,32 @@ class EngineSettings:
 
     @property
     def num_denoisers(self) -> int:
-        """Workers that share each denoising step; as long as that is open, all of them."""
-        return self.num_workers if self.denoise_workers is None else self.denoise_workers
+        """Workers that share each denoising step. As long as that is open: as few as make up the degrees where others
+        are to decode, else all of them."""
+        if self.denoise_workers is not None:
+            return self.denoise_workers
+        if self.strategy != Strategy.DISAGGREGATED or _whole(self.num_workers) is None:
+            return self.num_workers
+        fewest = math.prod(max(_whole(degree) or 1, 1) for degree in self.wanted.given.values())
+        return max(min(fewest, self.num_workers - 1), 1)
+
+    def degree_problems(
+        self, heads: int | None = None, uses_guidance: bool | None = None, tokens: int | None = None
+    ) -> list[str]:
+        """Why the degrees cannot run on those who denoise; see plan.degrees."""
+        setting = "denoise_workers" if self.strategy == Strategy.DISAGGREGATED else "num_workers"
+        return degree_problems(self.wanted, self.num_denoisers, heads, uses_guidance, tokens, setting=setting)
+
+    @property
+    def _for_two_groups(self) -> dict[str, Any]:
+        """What is given that means something only where some workers denoise and others decode."""
+        wishes = {
+            "denoise_workers": self.denoise_workers,
+            "decode_workers": self.decode_workers,
+            "encode_on": self.encode_on,
+            "aco='on'": True if self.aco == AcoMode.ON else None,
+        }
+        return {name: value for name, value in wishes.items() if value is not None}
 
 
 def _whole(value: Any) -> int | None:
@@ -118,10 +145,10 @@ def setting_problems(settings: EngineSettings, adapter: ModelAdapter | None = No
         device = resolve_device(device)  # only here it matters which: finding out imports torch
     problems = device_problems(device, settings.dtype)
     heads = None if adapter is None else adapter.heads
-    wrong_degrees = strategy_problems(settings) or degree_problems(settings.wanted, settings.num_denoisers, heads=heads)
-    if not problems and not wrong_degrees:
+    wrong_sharing = strategy_problems(settings) or settings.degree_problems(heads)
+    if not problems and not wrong_sharing:
         problems += worker_problems(settings.device, workers_here(settings))
-    return [*problems, *wrong_degrees]
+    return [*problems, *wrong_sharing, *hardware_problems(settings.hardware)]
 
 
 def strategy_problems(settings: EngineSettings) -> list[str]:
@@ -149,26 +176,27 @@ def _count_problems(settings: EngineSettings) -> list[str]:
         for name, value in given.items()
         if value is not None and (_whole(value) is None or value < 1)
     ]
-    if problems or _whole(workers) is None:
+    if problems or settings.strategy != Strategy.DISAGGREGATED:
         return problems
-    if settings.strategy == Strategy.DISAGGREGATED and workers < 2:
+    if problems := degree_problems(Wanted(), workers):
+        return problems
+    if workers < 2:
         return [f"disaggregated needs at least 2 workers, one to denoise and one to decode; num_workers={workers}"]
-    if denoise is not None and decode is not None and denoise + decode != workers:
-        return [f"denoise_workers={denoise} and decode_workers={decode} make {denoise + decode}, not {workers} workers"]
-    return []
+    if denoise is not None and decode is not None:
+        sums = f"denoise_workers={denoise} and decode_workers={decode} make {denoise + decode}, not {workers} workers"
+        return [sums] if denoise + decode != workers else []
+    return [
+        f"{name}={value} leaves none of {workers} workers to {others}"
+        for (name, value), others in zip(given.items(), ("decode", "denoise"), strict=True)
+        if value is not None and value >= workers
+    ]
 
 
 def _combination_problems(settings: EngineSettings) -> list[str]:
     """Settings that have no meaning together: they are refused rather than ignored."""
     problems = []
     if settings.strategy == Strategy.COLOCATED:
-        only = {
-            "denoise_workers": settings.denoise_workers,
-            "decode_workers": settings.decode_workers,
-            "encode_on": settings.encode_on,
-            "aco='on'": None if settings.aco != AcoMode.ON else True,
-        }
-        problems += [f"{name} needs strategy disaggregated" for name, value in only.items() if value is not None]
+        problems += [f"{name} needs strategy disaggregated" for name in settings._for_two_groups]
     if settings.strategy == Strategy.DISAGGREGATED:
         if settings.offload:
             problems.append("offload needs strategy colocated: disaggregated workers hold only what they need")

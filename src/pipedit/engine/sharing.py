@@ -5,7 +5,7 @@ from pipedit.core.request import VideoRequest
 from pipedit.engine.settings import EngineSettings
 from pipedit.models.adapter import ModelAdapter
 from pipedit.models.validation import sound_request
-from pipedit.plan.degrees import choose, degree_problems
+from pipedit.plan.degrees import choose
 
 
 def choose_sharing(request: VideoRequest, adapter: ModelAdapter, settings: EngineSettings) -> ParallelConfig:
@@ -25,12 +25,10 @@ def sharing_problems(
 ) -> list[str]:
     """Why the workers cannot share this completed request, where the settings themselves are legal. The request may
     have problems of its own; only a sound size says how many tokens it has."""
-    if degree_problems(settings.wanted, settings.num_denoisers, heads=adapter.heads):
+    if settings.degree_problems(adapter.heads):
         return []
-    return degree_problems(
-        settings.wanted,
-        settings.num_denoisers,
-        heads=adapter.heads,
+    return settings.degree_problems(
+        adapter.heads,
         uses_guidance=adapter.uses_guidance(sound_request(request, adapter)),
         tokens=adapter.token_layout(request).latent_tokens if has_sound_size else None,
     )

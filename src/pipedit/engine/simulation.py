@@ -4,8 +4,9 @@ Reads configs only. Who does what where that is left open: plan.planner decides.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from pipedit.core.errors import CheckpointError, InsufficientMemoryError, InvalidRequestError
 from pipedit.core.placement import Role
@@ -25,6 +26,7 @@ from pipedit.plan.predict import Predictor
 from pipedit.plan.simulator import Arrival
 from pipedit.plan.workload import Stream
 
+T = TypeVar("T")
 _ENCODERS = {"denoise": Role.DENOISER, "decode": Role.DECODER}
 _PLANNED_WITH = 64  # requests at most: more of the same mix would not change who should do what
 _MANY_COMMANDS = 200_000  # beyond so many, phases are simulated in a few pieces instead of step by step
@@ -89,10 +91,14 @@ def prepare(
     grain: int | None = None,
 ) -> Scenario:
     """`settings`, as of EngineSettings, win over those of the file's replicas. Raises InvalidRequestError with every
-    problem of the requests, or of the replicas; InsufficientMemoryError if nothing of what was asked for fits."""
-    demand = _demand(streams, "cpu" if cluster_file.device == "cpu" else "cuda")
-    cluster = cluster_file.cluster()
-    wishes = _wishes(cluster_file, list(demand.kinds), settings or {})
+    problem of the requests and of the replicas; InsufficientMemoryError if nothing of what was asked for fits."""
+    names, device_type = _model_names(streams), "cpu" if cluster_file.device == "cpu" else "cuda"
+    problems: list[str] = []
+    demand = attempt(problems, lambda: _demand(streams, names, device_type))
+    cluster = attempt(problems, cluster_file.cluster)
+    wishes = attempt(problems, lambda: _wishes(cluster_file, names, settings or {}))
+    if demand is None or cluster is None or wishes is None:
+        raise InvalidRequestError(problems)
     durations_of = predicted_by(Predictor(cluster=cluster))
     arranged = [_arrange(wish, demand.kinds[wish.model], cluster, durations_of) for wish in wishes]
     counts = _counts(wishes, arranged, cluster)
@@ -114,29 +120,43 @@ def prepare(
 # -- what is asked for --------------------------------------------------------------------------------------------
 
 
-def _demand(streams: Sequence[Stream], device_type: str) -> _Demand:
-    models: dict[str, PlannableModel | None] = {}
-    names: list[str] = []  # of the models, as the first stream spells each
-    requests: dict[tuple[str, VideoRequest], int] = {}
-    of_stream, problems = [], []
+def attempt(problems: list[str], make: Callable[[], T]) -> T | None:
+    """What `make` returns; where its input is wrong, None, and the problems are added."""
+    try:
+        return make()
+    except InvalidRequestError as error:
+        problems += error.problems
+        return None
+
+
+def _model_names(streams: Sequence[Stream]) -> list[str]:
+    """As the first stream of each spells it."""
+    names: list[str] = []
     for stream in streams:
-        name = next((name for name in names if is_same_model(name, stream.model)), stream.model)
-        if name not in models:
-            names.append(name)
-            models[name], found = _open(name, device_type)
-            problems += [f"{stream.source}: {problem}" for problem in found]
-        model = models[name]
-        if model is None:
-            continue
-        request = model.complete(stream.request)
-        problems += [f"{stream.source}: {problem}" for problem in model.problems(request)]
-        requests[name, request] = requests.get((name, request), 0) + stream.count
-        of_stream.append(_kind_name(name, request))
+        if not any(is_same_model(name, stream.model) for name in names):
+            names.append(stream.model)
+    return names
+
+
+def _demand(streams: Sequence[Stream], names: Sequence[str], device_type: str) -> _Demand:
+    opened = {name: _open(name, device_type) for name in names}
+    counts: Counter[tuple[str, VideoRequest]] = Counter()
+    of_stream: list[str] = []
+    problems: list[str] = []
+    for stream in streams:
+        name = next(name for name in names if is_same_model(name, stream.model))
+        model, found = opened[name]
+        problems += [f"{stream.source}: {problem}" for problem in found]
+        if model is not None:
+            request = model.complete(stream.request)
+            problems += [f"{stream.source}: {problem}" for problem in model.problems(request)]
+            counts[name, request] += stream.count
+            of_stream.append(_kind_name(name, request))
     if problems:
         raise InvalidRequestError(problems)
     kinds: dict[str, list[_Kind]] = {name: [] for name in names}
-    for (name, request), count in requests.items():
-        model = models[name]
+    for (name, request), count in counts.items():
+        model, _ = opened[name]
         assert model is not None
         kinds[name].append(_Kind(name=_kind_name(name, request), video=model.planned(request, count)))
     return _Demand(kinds=kinds, of_stream=of_stream)

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from pipedit.core.errors import WorkerDiedError, WorkerError
-from pipedit.core.messages import Command, CommandFailed, Decode, Denoise, Event, Exchanging
+from pipedit.core.messages import Command, CommandFailed, Event, Exchanging
 from pipedit.core.spans import Span
 from pipedit.worker.failures import doing
 from pipedit.worker.service import STARTING, Ready, StartFailed, Stop
@@ -157,7 +157,7 @@ class LinkedExecutor(abc.ABC):
 
     def check(self) -> None:
         if self._lost is None:
-            ended = next((link for link in self._links if link.has_ended), None)
+            ended = self._ended()
             if ended is None:
                 return
             self._bury(ended)
@@ -227,14 +227,27 @@ class LinkedExecutor(abc.ABC):
         command, request_id = self._in_flight.pop(link.rank), event.request_id
         if isinstance(event, CommandFailed) and isinstance(command, Exchanging) and request_id not in self._failing:
             self._failing[request_id] = _Failing(until_s=time.monotonic() + self._grace_s)
-            source = _fetched_from(command)
-            if source is not None and source != link.rank and self._links[source].wait(_GLANCE_S):
-                self._bury(self._links[source])
-                return ()
         if request_id not in self._failing:
             return (event,)
         self._failing[request_id].held.append(event)
-        return () if self._silent(request_id) else self._failing.pop(request_id).held
+        if self._silent(request_id):
+            return ()
+        held = self._failing.pop(request_id).held
+        if (dead := self._glance()) is None:
+            return held
+        self._bury(dead)
+        return ()
+
+    def _glance(self) -> Link | None:
+        """A rank that has just died. It may have taken no part in a command that failed, and yet be the reason: others
+        fetch from it, and rank 0 keeps the store by which they meet."""
+        until_s = time.monotonic() + _GLANCE_S
+        while (dead := self._ended()) is None and time.monotonic() < until_s:
+            time.sleep(_GLANCE_S / 20)
+        return dead
+
+    def _ended(self) -> Link | None:
+        return next((link for link in self._links if link.has_ended), None)
 
     def _silent(self, request_id: str) -> list[int]:
         """Ranks that still owe an answer for the request."""
@@ -281,16 +294,6 @@ class LinkedExecutor(abc.ABC):
 
     def _end(self, polite_s: float) -> None:
         _end_links(self._links, polite_s)
-
-
-def _fetched_from(command: Exchanging) -> int | None:
-    """The rank that the command's ranks fetch from when they begin; it takes no part in the command itself."""
-    match command:
-        case Denoise(step=0):
-            return command.conditioning_at
-        case Decode(chunk=0):
-            return command.latents_at
-    return None
 
 
 def not_ready(links: Sequence[Link], timeout_s: float) -> WorkerError:

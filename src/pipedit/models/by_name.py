@@ -17,17 +17,22 @@ from pipedit.plan.costs import RequestCost
 from pipedit.plan.planned_video import PlannedVideo
 
 _ANY_PROMPT = "a prompt"
-_OPEN_SORA_PLAN = "opensoraplan"
+OPEN_SORA_PLAN = "open-sora-plan-v1.3"
 
 
 class PlannableModel(Protocol):
-    """A model of which the costs are known."""
+    """A model of which the costs are known. `can_run`: it can be generated with, too."""
+
+    can_run: bool
 
     def complete(self, request: VideoRequest) -> VideoRequest:
         """The request with the model's defaults in what it leaves open."""
 
+    @property
+    def size_rules(self) -> SizeRules: ...
+
     def problems(self, request: VideoRequest) -> list[str]:
-        """Why a completed request cannot run on it. The prompt is not looked at."""
+        """Why a completed request cannot run on it. The prompts are not looked at."""
 
     def planned(self, request: VideoRequest, count: int = 1) -> PlannedVideo:
         """`count` videos like this completed request, which has no problems."""
@@ -36,13 +41,18 @@ class PlannableModel(Protocol):
 def find_model(name: str, *, device_type: str = "cuda") -> PlannableModel:
     """By what people call it: a short name in any spelling ("HunyuanVideo", "hunyuanvideo"), a hub id or a folder.
     Raises InvalidRequestError or CheckpointError for anything else."""
-    if _plain(name) == _OPEN_SORA_PLAN:
+    if _plain(name) in (_plain(OPEN_SORA_PLAN), "opensoraplan"):
         return _OpenSoraPlan()
     aliases = {_plain(alias): alias for alias in PUBLISHED}
     aliases |= {_plain(model.hub_id): model.alias for model in KNOWN_MODELS if model.hub_id is not None}
     alias = aliases.get(_plain(name))
     adapter = open_model(name) if alias is None else open_published(alias)
     return _Adapted(adapter, device_type)
+
+
+def known_names() -> list[str]:
+    """Short names of the models that need no files."""
+    return [*PUBLISHED, OPEN_SORA_PLAN]
 
 
 def is_same_model(name: str, other: str) -> bool:
@@ -55,15 +65,22 @@ def _plain(name: str) -> str:
 
 
 def _prompted(request: VideoRequest) -> VideoRequest:
-    """Streams of requests have no prompt yet."""
-    return dataclasses.replace(request, prompt=_ANY_PROMPT, negative_prompt=None)
+    """Streams of requests have no prompts yet; one to guide away from costs as much as any other."""
+    negative = "" if (request.true_cfg_scale or 0) > 1 else None
+    return dataclasses.replace(request, prompt=_ANY_PROMPT, negative_prompt=negative)
 
 
 class _Adapted:
     """Any model with an adapter."""
 
+    can_run = True
+
     def __init__(self, adapter: ModelAdapter, device_type: str) -> None:
         self._adapter, self._precision = adapter, adapter.default_precision(device_type)
+
+    @property
+    def size_rules(self) -> SizeRules:
+        return self._adapter.size_rules
 
     def complete(self, request: VideoRequest) -> VideoRequest:
         return self._adapter.complete(request)
@@ -72,12 +89,13 @@ class _Adapted:
         return check_request(_prompted(request), self._adapter)
 
     def planned(self, request: VideoRequest, count: int = 1) -> PlannedVideo:
-        return planned_video(request, self._adapter, self._precision, count=count)
+        return planned_video(_prompted(request), self._adapter, self._precision, count=count)
 
 
 class _OpenSoraPlan:
     """Open-Sora-Plan v1.3, as published."""
 
+    can_run = False
     _DEFAULTS = RequestDefaults(
         height=352,
         width=640,
@@ -87,13 +105,15 @@ class _OpenSoraPlan:
         guidance_scale=7.5,
         max_sequence_length=TEXT_TOKENS,
     )
-    _RULES = SizeRules(frame_step=4, size_multiple=16)
+    size_rules = SizeRules(frame_step=4, size_multiple=16)
 
     def complete(self, request: VideoRequest) -> VideoRequest:
         return request.complete(self._DEFAULTS)
 
     def problems(self, request: VideoRequest) -> list[str]:
-        return [*check_values(_prompted(request)), *size_problems(request, self._RULES)]
+        others = ("true_cfg_scale", "guidance_scale_2", "flow_shift")
+        foreign = [f"{name} is not for Open-Sora-Plan" for name in others if getattr(request, name) is not None]
+        return [*check_values(_prompted(request)), *size_problems(request, self.size_rules), *foreign]
 
     def planned(self, request: VideoRequest, count: int = 1) -> PlannedVideo:
         cost = _open_sora_plan_cost(request)

@@ -31,6 +31,7 @@ def planned_video(
         cost_with=functools.cache(lambda decoders: adapter.cost(request, precision, tiling=tiling, decoders=decoders)),
         chunks_with=functools.cache(lambda decoders: adapter.num_decode_chunks(request, decoders)),
         count=count,
+        tiled=None if tiling else planned_video(request, adapter, precision, tiling=True, count=count),
     )
 
 

@@ -14,6 +14,7 @@ from pipedit.plan.planned_video import PlannedVideo, can_share
 from pipedit.plan.scheduler import Policy
 
 _FEW_WORKERS = 16  # up to here, every number of workers is tried
+MOST_TOGETHER = 64  # workers of one engine; of more, several engines are the better way
 _DEGREES_EACH = 8  # combinations of degrees for a number of denoisers, the most promising ones
 
 
@@ -108,10 +109,12 @@ class Refusal:
 
 
 def arrangements(num_workers: int, videos: Sequence[PlannedVideo], asked: Asked | None = None) -> Iterator[Arrangement]:
-    """All that can share these videos; whether they fit into memory is another question."""
+    """All that can share these videos; whether they fit into memory is another question. Where fewer workers may be
+    taken, more than MOST_TOGETHER are not."""
     asked = asked or Asked()
-    sizes = worker_counts(num_workers, videos, fewer=asked.fewer)
-    for workers in sizes:
+    if asked.fewer:
+        num_workers = min(num_workers, MOST_TOGETHER)
+    for workers in worker_counts(num_workers, videos, fewer=asked.fewer):
         for kind in (kind for kind in Kind if kind in asked.kinds and kind is not Kind.DISAGGREGATED):
             if asked.denoise_workers is None and not (kind.is_serial and workers == 1):
                 place = Placement.serial_decode if kind.is_serial else Placement.colocated

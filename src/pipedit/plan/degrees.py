@@ -107,23 +107,26 @@ def degree_problems(
     heads: int | None = None,
     uses_guidance: bool | None = None,
     tokens: int | None = None,
+    *,
+    setting: str = "num_workers",
 ) -> list[str]:
     """Why this cannot run, with the nearest that can; a sentence each. None: not known yet, so nothing is refused for
-    it (a model without a request, or no model at all)."""
-    if problems := _value_problems(wanted, num_workers):
+    it (a model without a request, or no model at all). `setting`: the name by which people know the number."""
+    if problems := _value_problems(wanted, num_workers, setting):
         return problems
     shared = _Shared(heads=heads, uses_guidance=uses_guidance, tokens=tokens)
     if _matching(wanted, num_workers, shared):
         return []
     legal = _matching(Wanted(), num_workers, shared)
     if not legal:
-        return [_too_few_tokens(num_workers, shared)]
+        return [_too_few_tokens(num_workers, shared, setting)]
     nearest = min(legal, key=lambda config: (_distance(wanted, config), *(-x for x in _preference(config, shared))))
     ways_out = [", ".join(f"{name}={getattr(nearest, name)}" for name in _DEGREES)]
     fitting = math.prod(wanted.given.values())
     if len(wanted.given) == len(_DEGREES) and fitting != num_workers:
-        ways_out.append(f"num_workers={_shown(fitting)}")
-    why, workers = _why_not(wanted, num_workers, shared), _counted(num_workers, "worker")
+        ways_out.append(f"{setting}={_shown(fitting)}")
+    noun = "denoise worker" if setting == "denoise_workers" else "worker"
+    why, workers = _why_not(wanted, num_workers, shared), _counted(num_workers, noun)
     return [f"{_listed(wanted.given)} cannot run on {workers}: {why}; nearest that can: {', or '.join(ways_out)}"]
 
 
@@ -139,11 +142,11 @@ def attention_balance(config: ParallelConfig, *, heads: int, tokens: int) -> flo
 # -- what is wrong ------------------------------------------------------------------------------------------------
 
 
-def _value_problems(wanted: Wanted, num_workers: int) -> list[str]:
+def _value_problems(wanted: Wanted, num_workers: int, setting: str) -> list[str]:
     """What can be seen of each number alone."""
-    problems = [_count_problem(name, value) for name, value in {"num_workers": num_workers, **wanted.given}.items()]
+    problems = [_count_problem(name, value) for name, value in {setting: num_workers, **wanted.given}.items()]
     if _is_whole(num_workers) and num_workers > MOST_WORKERS:
-        problems.append(f"num_workers={_shown(num_workers)} is too many; use at most {MOST_WORKERS}")
+        problems.append(f"{setting}={_shown(num_workers)} is too many; use at most {MOST_WORKERS}")
     if _is_whole(wanted.cfg_degree) and (wanted.cfg_degree or 0) > 2:
         degree = _shown(wanted.cfg_degree)
         problems.append(f"cfg_degree={degree} is too many: guidance makes two predictions; use 1 or 2")
@@ -195,12 +198,12 @@ def _refusals(config: ParallelConfig, shared: _Shared) -> list[str]:
     return reasons
 
 
-def _too_few_tokens(num_workers: int, shared: _Shared) -> str:
+def _too_few_tokens(num_workers: int, shared: _Shared, setting: str) -> str:
     assert shared.tokens is not None
     tokens = _counted(shared.tokens, "token")
     more = "" if shared.uses_guidance is False else f", or with guidance an even number up to {2 * shared.tokens}"
     return (
-        f"num_workers={num_workers} is too many: the request has {tokens}, and every rank needs one; "
+        f"{setting}={num_workers} is too many: the request has {tokens}, and every rank needs one; "
         f"use at most {shared.tokens}{more}"
     )
 

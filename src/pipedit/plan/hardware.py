@@ -81,10 +81,8 @@ class Cluster:
     node_host_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
-        problems = []
-        for name in ("num_devices", "devices_per_node"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name}={getattr(self, name)} must be at least 1")
+        counts = {"num_devices": self.num_devices, "devices_per_node": self.devices_per_node}
+        problems = [f"{name}={count} must be at least 1" for name, count in counts.items() if count < 1]
         if not problems and self.num_devices > self.devices_per_node and self.node_link is None:
             problems.append(
                 f"{self.num_devices} devices are more than one machine's {self.devices_per_node}, and no node_link "
@@ -176,23 +174,31 @@ def read_cluster(path: Path) -> Cluster:
     """A cluster from the file that `write_cluster` made; its parts may be names. Raises InvalidRequestError."""
     content = _read(path, _CLUSTER)
     try:
-        device, link, node = content.pop("device"), content.pop("link"), content.pop("node_link", None)
+        device, link, node_link = content.pop("device"), content.pop("link"), content.pop("node_link", None)
         return Cluster(
             device=find_device(device) if isinstance(device, str) else _make(Device, device, str(path)),
-            link=find_link(link) if isinstance(link, str) else _make(Link, link, str(path)),
-            node_link=None if node is None else find_link(node) if isinstance(node, str) else _make(Link, node, str(path)),
+            link=_link(link, path),
+            node_link=None if node_link is None else _link(node_link, path),
             **content,
         )
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise InvalidRequestError([f"{path} is not a cluster file: {_why(error)}"]) from error
 
 
+def _link(given: str | dict[str, Any], path: Path) -> Link:
+    return find_link(given) if isinstance(given, str) else _make(Link, given, str(path))
+
+
 def write_cluster(cluster: Cluster, path: Path) -> None:
-    write_text_whole(path, json.dumps({"format": _FORMAT, "kind": _CLUSTER, **dataclasses.asdict(cluster)}, indent=1) + "\n")
+    _write(_CLUSTER, dataclasses.asdict(cluster), path)
 
 
 def write_device(device: Device, path: Path) -> None:
-    write_text_whole(path, json.dumps({"format": _FORMAT, "kind": _DEVICE, **dataclasses.asdict(device)}, indent=1) + "\n")
+    _write(_DEVICE, dataclasses.asdict(device), path)
+
+
+def _write(kind: str, content: dict[str, Any], path: Path) -> None:
+    write_text_whole(path, json.dumps({"format": _FORMAT, "kind": kind, **content}, indent=1) + "\n")
 
 
 def device_of(profile: DeviceProfile, name: str = "measured") -> Device:
@@ -260,7 +266,7 @@ def _content(kind: str, name: str) -> dict[str, Any]:
     if name.endswith(".json") or "/" in name:
         return _read(Path(name), kind)
     raise InvalidRequestError(
-        [f"{kind} {name!r} is not known; known are {_listed(kind)}{_nearest(name.lower(), list(known))}, or give a file"]
+        [f"{kind} {name!r} is not known; use {_listed(kind)}, or a file{_nearest(name.lower(), list(known))}"]
     )
 
 
@@ -286,7 +292,8 @@ def _why(error: Exception) -> str:
 def _known(kind: str) -> dict[str, dict[str, Any]]:
     """Short name -> the file's content."""
     folder = importlib.resources.files("pipedit.plan") / "hardware_data"
-    contents = (json.loads(file.read_text(encoding="utf-8")) for file in folder.iterdir() if file.name.endswith(".json"))
+    files = (file for file in folder.iterdir() if file.name.endswith(".json"))
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     return {content["name"]: content for content in contents if content["kind"] == kind}
 
 

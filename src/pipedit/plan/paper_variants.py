@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pipedit.core.errors import InvalidRequestError
 from pipedit.core.messages import Aco
 from pipedit.core.parallel import ParallelConfig
+from pipedit.core.shares import split_evenly
 from pipedit.plan.costs import RequestCost
 from pipedit.plan.hardware import Cluster
 from pipedit.plan.predict import Implementation, Overlap, Predictor
@@ -39,12 +40,12 @@ class PublishedSystem:
 
 _IMPLEMENTATION = Implementation(
     overlap=Overlap.OUTPUTS,
-    passes=100,
-    request_s=1.3,
-    hidden_cost=0.3,
-    chunk_s=1e-3,
-    helper_s=3e-3,
-    ring_loss=0.08,
+    passes=122,
+    request_s=0.906,
+    hidden_cost=0.046,
+    chunk_s=0.00033,
+    helper_s=0.00427,
+    ring_loss=0.1055,
     pads_heads=True,
 )
 SYSTEMS = {
@@ -128,10 +129,9 @@ def _step_s(system: PublishedSystem, predictor: Predictor, cost: RequestCost, *,
     if not helped:
         return predictor.step(cost, ulysses).total_s
     ranks = predictor.cluster.num_devices
-    least, extra = divmod(heads, ranks)
     aco = Aco(
         helpers=(tuple(range(denoisers, ranks)),),
-        heads=tuple(least + (rank < extra) for rank in range(ranks)),
+        heads=split_evenly(heads, ranks),
         text_tokens=(cost.text_tokens if cost.attention.joint_text else 0,),
     )
     return predictor.step(cost, ulysses, aco).total_s
@@ -140,7 +140,7 @@ def _step_s(system: PublishedSystem, predictor: Predictor, cost: RequestCost, *,
 def _pipeline_s(
     system: PublishedSystem, predictor: Predictor, cost: RequestCost, variant: str, steps: int, prompts: int
 ) -> float:
-    """Denoise and decode group as a pipeline, filling and draining. Whether the decoder helps is decided in each step."""
+    """Denoise and decode group as a pipeline that fills and drains. Each step decides whether the decoder helps."""
     alone_s = _step_s(system, predictor, cost, pipesp=variant != DEDIVAE, helped=False)
     helped_s = _step_s(system, predictor, cost, pipesp=True, helped=True) if variant == ACO else alone_s
     encode_s, decode_s = _encode_s(predictor, cost), predictor.decode_s(cost)

@@ -15,13 +15,15 @@ from pipedit.plan.jobs import Work
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedVideo:
     """`count` videos that are alike. `cost_with` and `chunks_with` take the number of ranks that share a decode, which
-    changes the memory that each needs and the pieces that the frames come in. `request` is complete."""
+    changes the memory that each needs and the pieces that the frames come in. `request` is complete. `tiled`: the same
+    with the VAE in spatial tiles, where it is not and can be."""
 
     request: VideoRequest
     heads: int
     cost_with: Callable[[int], RequestCost]
     chunks_with: Callable[[int], int]
     count: int = 1
+    tiled: "PlannedVideo | None" = None
 
     @property
     def cost(self) -> RequestCost:

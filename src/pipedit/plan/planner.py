@@ -8,8 +8,17 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from pipedit.plan.arrangements import Arrangement, Asked, Kind, Refusal, arrangements, degree_refusals
+from pipedit.plan.arrangements import (
+    MOST_TOGETHER,
+    Arrangement,
+    Asked,
+    Kind,
+    Refusal,
+    arrangements,
+    degree_refusals,
+)
 from pipedit.plan.estimate import DurationsOf, estimate_makespan_s
+from pipedit.plan.memory import Need
 from pipedit.plan.outcome import summarize
 from pipedit.plan.planned_video import PlannedVideo
 from pipedit.plan.pools import Pool, Service
@@ -106,11 +115,9 @@ def make_plan(
     available_bytes: int,
     durations_of: DurationsOf,
     asked: Asked | None = None,
-    tiled: Sequence[PlannedVideo] = (),
     tie: float = TIE,
 ) -> Plan:
-    """`available_bytes`: on each worker's device. `tiled`: the same videos, their VAE in spatial tiles, to say where
-    that would make room. `tie`: see `ranked`."""
+    """`available_bytes`: on each worker's device. `tie`: see `ranked`."""
     asked = asked or Asked()
     found = list(arrangements(num_workers, videos, asked))
     needs = {arrangement: rank_needs(arrangement, videos) for arrangement in found}
@@ -125,9 +132,9 @@ def make_plan(
     ]
     unfit = [arrangement for arrangement in found if arrangement not in set(fitting)]
     refusals = [
-        *_kind_refusals(num_workers, asked),
-        *_memory_refusals(unfit, fitting, needs, available_bytes, num_workers, tiled),
-        *degree_refusals(num_workers, videos, asked.degrees),
+        *_count_refusals(num_workers, asked),
+        *_memory_refusals(unfit, fitting, needs, available_bytes),
+        *degree_refusals(min(num_workers, MOST_TOGETHER), videos, asked.degrees),
     ]
     return Plan(
         videos=tuple(videos),
@@ -136,6 +143,15 @@ def make_plan(
         refusals=_merged(refusals),
         compared=len(found),
     )
+
+
+def least_need(videos: Sequence[PlannedVideo], num_workers: int, asked: Asked | None = None) -> Need:
+    """What the fullest worker has to hold in the arrangement that asks least of it."""
+    fullest = (
+        max(rank_needs(arrangement, videos), key=lambda need: need.needed_bytes)
+        for arrangement in arrangements(num_workers, videos, asked)
+    )
+    return min(fullest, key=lambda need: need.needed_bytes).need
 
 
 def ranked(proposals: Iterable[Proposal], tie: float = TIE) -> list[Proposal]:
@@ -226,11 +242,15 @@ def _fits(arrangement: Arrangement, needs: Sequence[RankNeed], available_bytes: 
     return memory_refusal(needs, available_bytes, is_offloaded=arrangement.kind.is_offloaded) is None
 
 
-def _kind_refusals(num_workers: int, asked: Asked) -> list[Refusal]:
-    if num_workers > 1 or Kind.DISAGGREGATED not in asked.kinds:
-        return []
-    reason = "one worker cannot be divided into a group that denoises and one that decodes; it takes at least 2"
-    return [Refusal(what=Kind.DISAGGREGATED, reason=reason)]
+def _count_refusals(num_workers: int, asked: Asked) -> list[Refusal]:
+    """Numbers of workers that are too small or too large for a kind."""
+    if num_workers == 1 and Kind.DISAGGREGATED in asked.kinds:
+        reason = "one worker cannot be divided into a group that denoises and one that decodes; it takes at least 2"
+        return [Refusal(what=Kind.DISAGGREGATED, reason=reason)]
+    if asked.fewer and num_workers > MOST_TOGETHER:
+        reason = f"so many would do little but exchange; several engines of up to {MOST_TOGETHER} do better"
+        return [Refusal(what=f"one engine of more than {MOST_TOGETHER} workers", reason=reason)]
+    return []
 
 
 def _memory_refusals(
@@ -238,8 +258,6 @@ def _memory_refusals(
     fitting: Sequence[Arrangement],
     needs: Mapping[Arrangement, Sequence[RankNeed]],
     available_bytes: int,
-    num_workers: int,
-    tiled: Sequence[PlannedVideo],
 ) -> list[Refusal]:
     """One for all arrangements of a kind that fail in the same roles, with the figures of the mildest. Those of which
     some variant fits are not told, and neither are those on fewer workers."""
@@ -248,6 +266,7 @@ def _memory_refusals(
         return arrangement.kind, arrangement.placement
 
     some_fit = {place(arrangement) for arrangement in fitting}
+    num_workers = max((arrangement.num_workers for arrangement in unfit), default=0)
     groups: dict[object, list[Arrangement]] = defaultdict(list)
     for arrangement in unfit:
         if arrangement.num_workers == num_workers and place(arrangement) not in some_fit:
@@ -259,10 +278,15 @@ def _memory_refusals(
         offloaded = mildest.kind.is_offloaded
         reason = memory_refusal(needs[mildest], available_bytes, is_offloaded=offloaded)
         assert reason is not None
-        if tiled and _fits(mildest, rank_needs(mildest, tiled), available_bytes):
+        if _would_fit_tiled(mildest, needs[mildest], available_bytes):
             reason += "; tiling the VAE (--vae-use-tiling) would make room"
         refusals.append(Refusal(what=_named(members), reason=reason))
     return refusals
+
+
+def _would_fit_tiled(arrangement: Arrangement, needs: Sequence[RankNeed], available_bytes: int) -> bool:
+    tiled = [need.video.tiled for need in needs if need.video.tiled is not None]
+    return len(tiled) == len(needs) and _fits(arrangement, rank_needs(arrangement, tiled), available_bytes)
 
 
 def _merged(refusals: Sequence[Refusal]) -> tuple[Refusal, ...]:

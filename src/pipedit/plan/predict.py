@@ -11,6 +11,7 @@ import math
 from pipedit.core.errors import InvalidRequestError
 from pipedit.core.messages import Aco
 from pipedit.core.parallel import AUTO, ParallelConfig
+from pipedit.core.shares import split_evenly
 from pipedit.plan.costs import Operations, RequestCost, SharedAttention
 from pipedit.plan.hardware import Cluster, Device
 
@@ -48,12 +49,12 @@ class Implementation:
 
 OURS = Implementation(
     overlap=Overlap.FULL,
-    passes=60,
+    passes=100,  # diffusers' eager modules, much like what was fitted to the paper's
     request_s=0.05,
-    hidden_cost=0.1,
+    hidden_cost=0.05,
     chunk_s=1e-4,
-    helper_s=2e-4,
-    ring_loss=0.05,
+    helper_s=3e-4,
+    ring_loss=0.05,  # rings of 2 to 4 in TensorRT-LLM's VisualGen (see plan.degrees)
 )
 
 
@@ -143,25 +144,22 @@ class Predictor:
 
         Raises InvalidRequestError where the cost does not say what ranks can share.
         """
-        if cost.attention is None:
-            raise InvalidRequestError(["what this model costs on several ranks is not declared, so it is not predicted"])
-        heads = self._heads(cost.attention, parallel, aco)
-        if parallel.pipesp_chunks != AUTO:
-            return self._step(cost, cost.attention, parallel, heads, int(parallel.pipesp_chunks), helped=aco is not None)
-        tried = (
-            self._step(cost, cost.attention, parallel, heads, chunks, helped=aco is not None)
-            for chunks in range(1, max(heads) + 1)
-        )
+        attention = cost.attention
+        if attention is None:
+            raise InvalidRequestError(
+                ["this model does not declare what it costs on several ranks; nothing to predict"]
+            )
+        heads, given = self._heads(attention, parallel, aco), parallel.pipesp_chunks
+        counts = range(1, max(heads) + 1) if given == AUTO else (int(given),)
+        tried = (self._step(cost, attention, parallel, heads, chunks, helped=aco is not None) for chunks in counts)
         return min(tried, key=lambda time: time.total_s)
 
     def _heads(self, attention: SharedAttention, parallel: ParallelConfig, aco: Aco | None) -> tuple[int, ...]:
         """Shares of a Ulysses group: denoisers, then helpers."""
         if aco is not None:
             return aco.heads
-        least, extra = divmod(attention.heads, parallel.ulysses_degree)
-        if extra and self.implementation.pads_heads:
-            return (least + 1,) * parallel.ulysses_degree
-        return tuple(least + (rank < extra) for rank in range(parallel.ulysses_degree))
+        shares = split_evenly(attention.heads, parallel.ulysses_degree)
+        return (max(shares),) * len(shares) if self.implementation.pads_heads else shares
 
     def _step(
         self,
@@ -194,7 +192,9 @@ class Predictor:
             exchanged_bytes=round(one.num_bytes * sites),
         )
 
-    def _by_tokens(self, cost: RequestCost, attention: SharedAttention, parallel: ParallelConfig) -> tuple[float, float]:
+    def _by_tokens(
+        self, cost: RequestCost, attention: SharedAttention, parallel: ParallelConfig
+    ) -> tuple[float, float]:
         """Of one forward, what every rank does for its own tokens: linear and element-wise work; other attention."""
         tokens, joint = cost.latent_tokens, cost.text_tokens if attention.joint_text else 0
         own = (math.ceil(tokens / parallel.sequence_degree) + joint) / (tokens + joint)  # every rank has all the text

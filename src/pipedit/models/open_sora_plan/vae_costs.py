@@ -86,7 +86,7 @@ def decoder_parameters(config: dict[str, Any]) -> int:
     norms = sum(2 * c.in_channels for c in convolutions if c.kernel == 27)
     wide, c = 4 * config["base_channels"], config["base_channels"]
     norms += 2 * c - 2 * config["latent_dim"] - 2 * wide + (2 * wide if _has_attention(config) else 0)
-    return sum(convolution.parameters for convolution in convolutions) + norms
+    return int(sum(convolution.parameters for convolution in convolutions) + norms)
 
 
 def decode_operations(config: dict[str, Any], *, frames: int, rows: int, columns: int) -> Operations:
@@ -108,14 +108,10 @@ def chunk_operations(config: dict[str, Any], *, frames: range, total: int, rows:
     if frames.start == 0:
         return decode_operations(config, frames=seen, rows=rows, columns=columns)
     # Frames after the first one give two frames each where time is doubled.
-    return Operations(
-        convolution=whole.convolution - first.convolution, attention=whole.attention - first.attention
-    )
+    return Operations(convolution=whole.convolution - first.convolution, attention=whole.attention - first.attention)
 
 
-def decode_working_bytes(
-    config: dict[str, Any], *, frames: int, rows: int, columns: int, element: int
-) -> int:
+def decode_working_bytes(config: dict[str, Any], *, frames: int, rows: int, columns: int, element: int) -> int:
     """Peak of decoding `frames` latent frames at once: in the last residual blocks, at a quarter of the video's rows
     and columns, where input, norm, and output are alive together."""
     c = config["base_channels"]
