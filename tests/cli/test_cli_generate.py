@@ -91,7 +91,7 @@ def test_json_is_one_document_with_everything(cli: Cli) -> None:
     ran = cli.generate("one", "two", "-o", "out.gif", "--seed", "3", "--json", "--trace", "t.json")
     assert ran.code == 0
     document = ran.document
-    assert set(document) == {"model", "results", "load_s", "total_s", "trace", "peak_bytes"}
+    assert set(document) == {"model", "results", "load_s", "total_s", "trace", "placement", "peak_bytes"}
     assert [result["file"] for result in document["results"]] == ["out-1.gif", "out-2.gif"]
     result = document["results"][0]
     assert set(result) == {

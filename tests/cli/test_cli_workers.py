@@ -5,9 +5,17 @@ from typing import Any, NoReturn
 
 import pytest
 
+from pipedit.cli.console import Terminal
+from pipedit.cli.order import Job
+from pipedit.cli.render import Result
+from pipedit.cli.summary import Workers, peak_memory, summarize
 from pipedit.core.errors import PipeditError, WorkerDiedError
 from pipedit.core.messages import Command
+from pipedit.core.parallel import ParallelConfig
+from pipedit.core.placement import Placement, Role
+from pipedit.core.request import VideoRequest
 from pipedit.core.spans import Span
+from pipedit.core.units import GIB
 from pipedit.executor.simulated import SimulatedExecutor
 from pipedit.media import read_metadata
 from tests.cli.running import Cli
@@ -140,6 +148,92 @@ def test_why_workers_died_is_told_even_where_fresh_ones_cannot_start(cli: Cli, m
     assert ran.document["error"]["messages"] == messages
 
 
+# -- who does what --------------------------------------------------------------------------------------------------
+
+TWO_GROUPS = ("--denoise-workers", "2", "--decode-workers", "1", "--encode-on", "decode")
+
+
+def test_two_groups_are_told_with_how_often_one_has_helped(cli: Cli) -> None:
+    ran = cli.generate("x", "y", "-o", "x.gif", *TWO_GROUPS, "--aco", "on", "--guidance-scale", "1", "--json")
+    assert ran.code == 0
+    (told,) = (line for line in ran.err.splitlines() if line.startswith("3 workers: "))
+    assert told.startswith("3 workers: 2 denoise, 1 encodes and decodes; idle decode workers helped with ")
+    assert told.endswith(" of 6 steps")
+    assert " 0 of 6" not in told
+    assert "2 denoise workers: cfg 1 x ring 1 x ulysses 2, PipeSP auto\n" in ran.err
+    assert ran.document["placement"] == {
+        "num_workers": 3, "strategy": "disaggregated", "denoise_workers": 2, "decode_workers": 1,
+        "encode_on": "decode", "aco": "on",
+    }  # fmt: skip
+
+
+def test_help_that_cannot_be_had_is_noted(cli: Cli) -> None:
+    ran = cli.generate("x", "-o", "x.gif", *TWO_GROUPS, "--aco", "on")
+    assert "note: aco=on changes nothing with cfg 2 x ring 1 x ulysses 1: both guidance groups need" in ran.err
+    assert "idle decode workers helped with 0 of 3 steps\n" in ran.err
+    ran = cli.generate("x", "-o", "y.gif", *TWO_GROUPS, "--aco", "off")
+    assert "3 workers: 2 denoise, 1 encodes and decodes\n" in ran.err
+    assert "note:" not in ran.err
+
+
+def test_other_ways_of_colocated_workers_are_told(cli: Cli) -> None:
+    ran = cli.generate("x", "-o", "x.gif", "--num-workers", "2", "--decode", "serial", "--json")
+    assert ran.err.count("2 workers do everything, one decodes\n") == 2  # before, as what was chosen, and at the end
+    placement = {"num_workers": 2, "strategy": "colocated", "decode": "serial", "offload": False}
+    assert ran.document["placement"] == placement
+    ran = cli.generate("x", "-o", "y.gif", "--num-workers", "2", "--strategy", "colocated")
+    assert "do everything" not in ran.err
+
+
+def test_a_split_is_chosen_where_only_the_strategy_is_given(cli: Cli) -> None:
+    ran = cli.generate("x", "y", "-o", "x.gif", "--num-workers", "4", "--strategy", "disaggregated", "--json")
+    placement = ran.document["placement"]
+    assert placement["denoise_workers"] + placement["decode_workers"] == 4
+    assert placement["encode_on"] in ("denoise", "decode")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num-workers", "3", "--strategy", "disaggregated", "--offload"], "offload needs strategy colocated"),
+        (["--num-workers", "2", "--denoise-workers", "2"], "denoise_workers=2 leaves none of 2 workers to decode"),
+        (["--decode-workers", "1"], "disaggregated needs at least 2 workers"),
+        (["--num-workers", "3", "--hardware", "nowhere.json"], "nowhere.json is not a device file"),
+        (["--denoise-workers", "19", "--decode-workers", "1"], "denoise_workers=19 is too many: the request has 18"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(cli: Cli, flags: list[str], said: str) -> None:
+    ran = cli.generate("x", "-o", "x.gif", *flags)
+    assert (ran.code, ran.out) == (2, "")
+    (error,) = ran.errors
+    assert said in error
+
+
+def test_peak_memory_is_told_by_kind_of_worker() -> None:
+    placement = Placement.disaggregated(denoise=2, decode=1, encoder=Role.DECODER)
+    peaks = {0: 3 * GIB, 1: 4 * GIB, 2: 2 * GIB}
+    assert peak_memory(peaks, placement.roles) == "peak memory: 4.0 GiB a denoiser; 2.0 GiB an encoder and decoder"
+    assert peak_memory(peaks, Placement.colocated(3).roles) == "peak memory: 4.0 GiB a worker"
+    serial = peak_memory({0: 2 * GIB, 1: GIB}, Placement.serial_decode(2).roles)
+    assert serial == "peak memory: 2.0 GiB an encoder, denoiser and decoder; 1.0 GiB an encoder and denoiser"
+    assert peak_memory({0: 0}, placement.roles) == ""
+
+
+def result(**seconds: float) -> Result:
+    request = VideoRequest(prompt="x", num_frames=9, width=48, height=32, num_inference_steps=3, seed=1, fps=8)
+    job = Job(number=1, of=1, request=request, output="x.gif")
+    whole = {"encode": 1.0, "denoise": 50.0, "decode": 40.0, "write": 1.0, **seconds}
+    return Result(job=job, request=request, parallel=ParallelConfig(), seconds=whole, num_frames=9, size_bytes=1)
+
+
+def test_bringing_weights_is_a_stage_where_it_takes_time(capsys: pytest.CaptureFixture[str]) -> None:
+    for results, shown in (([result(onload=8.0)], True), ([result(onload=8.0), result()], True), ([result()], False)):
+        Terminal().say(summarize(results, load_s=0.0, workers=Workers()))
+        assert ("onload" in capsys.readouterr().err) is shown
+    Terminal().say(summarize([result(fetch=0.1), result(fetch=0.1)], load_s=0.0, workers=Workers()))
+    assert "fetch" not in capsys.readouterr().err, "too little for a column"
+
+
 # -- doctor -------------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +267,11 @@ def test_doctors_table_as_json_and_without_the_models_files(cli: Cli) -> None:
     (uneven,) = [row for row in degrees["combinations"] if row["ulysses_degree"] == 8]
     assert (uneven["legal"], uneven["balance"], uneven["reason"]) == (True, 0.75, "")
     assert "75 % efficient" in uneven["note"]
+
+
+def test_doctor_tells_of_two_groups(cli: Cli) -> None:
+    assert "--strategy disaggregated" in cli("doctor", "--model", cli.model, "--num-workers", "2").out
+    assert "--strategy" not in cli("doctor", "--model", cli.model, "--num-workers", "1").out
 
 
 def test_doctor_without_a_number_has_no_table(cli: Cli) -> None:

@@ -71,10 +71,24 @@ def test_what_the_first_step_of_each_choice_took_decides_nothing() -> None:
     assert gate.decided("key") == 0
 
 
+@pytest.mark.parametrize("disturbed", [0, 1])
+@pytest.mark.parametrize("at", range(WARM_UP, WARM_UP + SAMPLES))
+def test_one_disturbed_step_changes_nothing(disturbed: int, at: int) -> None:
+    """Weights of another expert were fetched, or another program ran."""
+
+    def seconds(choice: int, before: int) -> float:
+        return 50.0 if (choice, before) == (disturbed, at) else (1.0, 0.8)[choice]
+
+    gate = AcoGate(AcoMode.AUTO)
+    try_out(gate, seconds, choices=2)
+    assert gate.decided("key") == 1
+
+
 def test_it_does_not_decide_before_every_choice_was_measured() -> None:
     gate = AcoGate(AcoMode.AUTO)
-    for _ in range(50):  # without help is noted, help never comes back (its requests are cancelled)
-        gate.note("key", gate.choose("key", 2), 1.0) if gate.choose("key", 2) == 0 else None
+    for _ in range(50):  # steps with help are never reported: their requests are cancelled
+        if (choice := gate.choose("key", 2)) == 0:
+            gate.note("key", choice, 1.0)
     assert gate.decided("key") is None
 
 

@@ -3,6 +3,7 @@
 import csv
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,7 +94,7 @@ def test_a_long_stream_takes_as_long_as_its_slower_group(variant: str) -> None:
 
 def test_our_own_way_is_somebody_elses_answer() -> None:
     cost = paper_cost("HunyuanVideo", 480, 352, 65)
-    settings = {"steps": 10, "prompts": 10}
+    settings: dict[str, Any] = {"steps": 10, "prompts": 10}
     system, cluster = SYSTEMS["HunyuanVideo"], CLUSTERS["l40"]
     assert predicted_s(system, cost, cluster, OURS, ours=lambda *_: 7.0, **settings) == 7.0
     with pytest.raises(InvalidRequestError, match="needs the planner"):

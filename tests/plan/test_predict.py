@@ -90,7 +90,6 @@ def test_the_largest_share_of_heads_decides() -> None:
     uneven = make_predictor().step(COST, plain)
     padded = make_predictor(dataclasses.replace(IDEAL, pads_heads=True)).step(COST, plain)
     assert uneven.attention_s == padded.attention_s == pytest.approx(ATTENTION_S * 3 / 8)
-    assert padded.exchanged_bytes > uneven.exchanged_bytes
 
 
 def test_chunks_hide_the_exchange_and_never_more_than_all_of_it() -> None:
@@ -124,7 +123,8 @@ def test_helpers_take_attention_and_no_linear_work() -> None:
     helped = predictor.step(COST, config, Aco(helpers=((3,),), heads=(2, 2, 2, 2), text_tokens=(0,)))
     alone = predictor.step(COST, config)
     assert helped.linear_s == alone.linear_s
-    assert helped.attention_s == pytest.approx(ATTENTION_S / 4) < alone.attention_s
+    assert helped.attention_s == pytest.approx(ATTENTION_S / 4)
+    assert alone.attention_s == pytest.approx(ATTENTION_S * 3 / 8)
 
 
 def test_a_helper_gets_everything_through_its_own_link() -> None:

@@ -184,9 +184,9 @@ def test_the_first_step_of_a_request_says_nothing() -> None:
         return (1.2 if has_help else 1.0) if command.step else (0.1 if has_help else 1000.0)
 
     work = dataclasses.replace(LONG, num_steps=2)
-    arrivals = {f"r{i}": (0.0, work) for i in range(15)}
+    arrivals = {f"r{i}": (0.0, work) for i in range(TRIAL + 6)}
     sent = play(RequestScheduler(TWO_AND_TWO), TWO_AND_TWO, arrivals, duration_s)
-    assert set(choices(steps_of(sent, "r13"))) == {()}
+    assert set(choices(steps_of(sent, f"r{TRIAL + 4}"))) == {()}
 
 
 @pytest.mark.parametrize(("mode", "expected"), [(AcoMode.ON, {(6, 6, 6, 6)}), (AcoMode.OFF, {()})])
@@ -198,5 +198,17 @@ def test_on_and_off_mean_it(mode: AcoMode, expected: set[tuple[int, ...]], gain:
 @pytest.mark.parametrize(("gain", "expected"), [(0.7, (6, 6, 6, 6)), (1.5, ())])
 def test_it_is_decided_where_all_steps_are_one_command_too(gain: float, expected: tuple[int, ...]) -> None:
     """As in long simulations: then whole requests are tried."""
-    sent = run(*[LONG] * 14, policy=Policy(grain=0), gain=gain, chunk_s=0.0)
-    assert {choices(steps_of(sent, f"r{number}"))[0] for number in range(TRIAL, 14)} == {expected}
+    sent = run(*[LONG] * (TRIAL + 6), policy=Policy(grain=0), gain=gain, chunk_s=0.0)
+    assert {choices(steps_of(sent, f"r{number}"))[0] for number in range(TRIAL, TRIAL + 6)} == {expected}
+
+
+def test_a_step_that_failed_says_nothing() -> None:
+    """However soon it did."""
+    rehearsal = Rehearsal(TWO_AND_TWO)
+    for number in range(TRIAL):
+        rehearsal.submit(LONG, f"r{number}")
+        rehearsal.go_until(messages.Denoise, f"r{number}")
+        (step,) = rehearsal.finish_all()
+        assert step.ranks == (0, 1), "no help, as long as nothing is known"
+        rehearsal.fail(0, 1)
+        rehearsal.go_to_the_end()

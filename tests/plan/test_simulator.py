@@ -86,7 +86,9 @@ def test_a_video_that_is_alone_is_decoded_by_all() -> None:
 def test_work_of_a_request_on_the_way_costs_a_round_trip_each() -> None:
     durations = FixedDurations(encode_s=1, step_s=2, chunk_s=3)
     run = simulate([pool(Placement.colocated(1), durations)], burst(1), round_trip_s=0.5)
-    assert makespan_s(run) == (1 + 0.5) + 4 * (2 + 0.5) + 3 * (3 + 0.5) - 0.5, "the last frame is there before its answer"
+    assert makespan_s(run) == (1 + 0.5) + 4 * (2 + 0.5) + 3 * (3 + 0.5) - 0.5, (
+        "the last frame is there before its answer"
+    )
 
 
 # -- Aco ----------------------------------------------------------------------------------------------------------

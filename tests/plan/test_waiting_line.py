@@ -95,6 +95,14 @@ def test_a_job_that_was_promoted_elsewhere_comes_back_to_the_front() -> None:
     assert pop_all(line) == [7, 0, 1]
 
 
+def test_promoted_ones_go_by_age() -> None:
+    """Else one of low priority could be promoted and still wait for ever, for others that are promoted after it."""
+    old, young = make_job(0, 0), make_job(1, 5)
+    assert young.order() < old.order()
+    old.is_promoted = young.is_promoted = True
+    assert old.order() < young.order()
+
+
 def naive_next(waiting: list[Job]) -> Job:
     oldest = min(waiting, key=lambda job: job.number)
     return oldest if oldest.is_promoted else min(waiting, key=Job.order)

@@ -1,5 +1,6 @@
 """Workload files, cluster files and tables: what they mean, and every problem of a bad one at once."""
 
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_poisson_arrivals_are_random_and_the_same_each_time(tmp_path: Path) -> N
     times_s = list(first.times_s())
     assert times_s == sorted(times_s) == list(first.times_s())
     assert times_s != list(second.times_s()), "streams come independently of each other"
-    gaps_s = [b - a for a, b in zip(times_s, times_s[1:], strict=False)]
+    gaps_s = [b - a for a, b in itertools.pairwise(times_s)]
     assert statistics.fmean(gaps_s) == pytest.approx(10, rel=0.1)
     assert statistics.stdev(gaps_s) == pytest.approx(10, rel=0.1)
 

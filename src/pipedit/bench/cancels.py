@@ -71,7 +71,11 @@ def run_cancels(subject: Subject, count: int, rng: random.Random, say: Callable[
     if subject.executor.pids != pids:
         tally.problems.append("workers were lost")
     say(f"{tally.cancels} cancels in {tally.batches} batches: {'; '.join(tally.problems) or 'all is well'}")
-    return {**dataclasses.asdict(tally), "worker_growth_bytes": growth, "growth_bytes": ours}
+    return {
+        **dataclasses.asdict(tally),
+        "worker_memory_bytes": [memory[0], memory[len(memory) // 2], memory[-1]],  # warm, halfway, at the end
+        "growth_bytes": ours,
+    }
 
 
 def _batch(subject: Subject, most: int, rng: random.Random, tally: Tally) -> None:

@@ -112,10 +112,10 @@ class Resources:
         )
 
     def problems(self, before: "Resources") -> Iterator[str]:
-        """Of which there is another number than before. Memory is judged over many rounds."""
+        """Of which there is more than before. Memory is judged over many rounds."""
         for name in ("processes", "files", "threads"):
             was, is_now = getattr(before, name), getattr(self, name)
-            if was != is_now:
+            if is_now > was:
                 yield f"{was} {name} before, {is_now} after"
 
 
@@ -123,8 +123,9 @@ class Subject:
     """An engine of one layout, whose workers can be killed. `videos`: those of REQUESTS, undisturbed; `warm_up` makes
     them."""
 
-    def __init__(self, model: str, layout: str, program: Sequence[str] = WORKER_PROGRAM) -> None:
-        settings = EngineSettings.of(model=model, device="cpu", dtype="float32", **LAYOUTS[layout])
+    def __init__(self, model: str, layout: Mapping[str, Any], program: Sequence[str] = WORKER_PROGRAM) -> None:
+        """`layout`: engine settings, as in LAYOUTS. `program`: see LocalProcessExecutor."""
+        settings = EngineSettings.of(model=model, device="cpu", dtype="float32", **layout)
         self.placement: Placement = placement_of(settings)
         self.helps = settings.aco == "on"  # else it is up to measured times
         self.executor = StrikingExecutor(

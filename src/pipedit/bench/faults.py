@@ -73,9 +73,9 @@ def _share(total: int | None, number: int) -> int | None:
 def _run_layout(
     model: str, name: str, shares: tuple[int | None, int | None], rng: random.Random, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], list[Kill], tuple[Video, ...]]:
-    with Subject(model, name) as subject:
+    with Subject(model, LAYOUTS[name]) as subject:
         undisturbed = subject.warm_up()
-        kills, used = run_kills(subject, _chosen(cases_of(subject), shares[0], rng), rng, say)
+        kills, used = run_kills(subject, choose_cases(cases_of(subject), shares[0], rng), rng, say)
         cancels = run_cancels(subject, shares[1] or 0, rng, say)
         figures = {
             "workers": len(subject.placement.world),
@@ -89,7 +89,7 @@ def _run_layout(
         return figures, kills, subject.videos
 
 
-def _chosen(cases: list[Case], count: int | None, rng: random.Random) -> list[Case]:
+def choose_cases(cases: list[Case], count: int | None, rng: random.Random) -> list[Case]:
     """So many, all of them before any comes twice; in random order."""
     count = len(cases) if count is None else count
     chosen: list[Case] = []

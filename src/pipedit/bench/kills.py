@@ -114,7 +114,7 @@ def kill(subject: Subject, case: Case, rng: random.Random) -> Kill:
         executor.strike_now(case.rank)
     outcome = _run(subject, case, rng)
     deaths = executor.deaths[first_death:]
-    problems = [*_death_problems(case, deaths, outcome), *outcome_problems(subject, outcome, _guilty(deaths))]
+    problems = [*death_problems(case, deaths, outcome), *outcome_problems(subject, outcome, _guilty(deaths))]
     problems += [f"process {pid} still lives" for pid in pids if psutil.pid_exists(pid)]
     subject.engine.start()  # unless they were up again for the sake of other requests
     return Kill(
@@ -130,17 +130,17 @@ def kill(subject: Subject, case: Case, rng: random.Random) -> Kill:
 
 
 def _run(subject: Subject, case: Case, rng: random.Random) -> Outcome:
-    executor, num_deaths = subject.executor, len(subject.executor.deaths)
-    skip = rng.randrange(len(REQUESTS))
+    executor = subject.executor
+    num_deaths = len(executor.deaths) + (2 if case.stage == LOADING else 1)
+    has_struck, skip = case.stage == IDLE, rng.randrange(len(REQUESTS))
     for _ in range(3):
-        if case.stage != IDLE and len(executor.deaths) == num_deaths:
+        if not has_struck:
             executor.arm(_strike(subject, case, rng, skip))
         outcome = subject.run(range(len(REQUESTS)))
-        has_struck = executor.disarm()
-        if len(executor.deaths) > num_deaths:
+        has_struck, skip = executor.disarm() or has_struck, 0  # helpers are not asked for every request
+        if has_struck and len(executor.deaths) >= num_deaths:
             break
-        # The moment has not come so often, or the requests were over when the strike fell: then the next ones meet it.
-        skip = skip if has_struck else 0
+        # The requests were over when the strike fell: the next ones meet it.
     return outcome
 
 
@@ -164,7 +164,7 @@ def _guilty(deaths: Sequence[Death]) -> set[str]:
     return {command.request_id for command in commands if command is not None and not isinstance(command, Release)}
 
 
-def _death_problems(case: Case, deaths: Sequence[Death], outcome: Outcome) -> Iterator[str]:
+def death_problems(case: Case, deaths: Sequence[Death], outcome: Outcome) -> Iterator[str]:
     """Of the errors: whom they blame, for what, and when they came."""
     if not deaths:
         yield "the death was never told of"

@@ -17,6 +17,7 @@ from pipedit.cli.models import models
 from pipedit.cli.options import Command, Group, switch
 from pipedit.cli.plan import EPILOG as PLAN_EPILOG
 from pipedit.cli.plan import plan
+from pipedit.cli.profile import profile
 from pipedit.cli.simulate import EPILOG as SIMULATE_EPILOG
 from pipedit.cli.simulate import simulate
 from pipedit.cli.trace import trace
@@ -39,6 +40,7 @@ app.command(cls=Command, epilog=EPILOG)(generate)
 app.command(cls=Command)(models)
 app.command(cls=Command, epilog=PLAN_EPILOG)(plan)
 app.command(cls=Command, epilog=SIMULATE_EPILOG)(simulate)
+app.command(cls=Command)(profile)
 app.command(cls=Command)(trace)
 app.command(cls=Command)(doctor)
 app.add_typer(bench, name="bench")

@@ -23,6 +23,12 @@ _RULES = (
 )
 
 
+_TWO_GROUPS = (
+    "With several prompts, some workers can decode while the others denoise: add --strategy disaggregated. What pays\n"
+    "depends on model and machine: pipedit plan predicts it."
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Degrees:
     """The ways to share the model's default request, best first; `chosen` is what runs if no degree is given, None
@@ -127,6 +133,8 @@ def degree_table(degrees: Degrees) -> RenderableType:
     last = [Text(problem, style="bold red") for problem in degrees.problems]
     if degrees.command is not None:
         last.append(Text.assemble(("take the first: ", "bold cyan"), degrees.command))
+    if degrees.num_workers > 1:
+        last.append(Text(_TWO_GROUPS, style="dim"))
     return Group(title, table, Text(_RULES, style="dim"), *last)
 
 

@@ -11,10 +11,9 @@ from pipedit.cli.console import Session
 from pipedit.cli.order import Plan
 from pipedit.cli.progress import Display, make_display
 from pipedit.cli.render import Failure, Rendering, Result
-from pipedit.cli.summary import peak_memory, summarize, try_next
+from pipedit.cli.summary import describe_workers, peak_memory, placement_as_json, summarize, try_next
 from pipedit.core.errors import PipeditError
 from pipedit.engine.engine import Engine
-from pipedit.engine.settings import setting_notes
 from pipedit.models.registry import EMBEDDED
 from pipedit.plan.timeline import Timeline
 from pipedit.plan.trace_file import write_trace
@@ -28,8 +27,8 @@ def fulfil(session: Session, plan: Plan, *, like: str | None, trace: str | None)
     display = make_display(session.terminal)
     with session.open_engine(plan.settings) as engine:
         with display.busy("getting ready"):
-            engine.prepare([job.request for job in plan.jobs])  # they were checked; this finds out whether they fit
-            notes = setting_notes(plan.settings)
+            # They were checked; this finds out whether they fit.
+            notes = engine.notes(engine.prepare([job.request for job in plan.jobs]))
         if engine.placing:
             session.terminal.say(engine.placing)
         for note in notes:
@@ -46,11 +45,13 @@ def fulfil(session: Session, plan: Plan, *, like: str | None, trace: str | None)
             rendering = Rendering(engine, plan.jobs, display)
             results, failures = _run(session, rendering, display)
         timeline = _timeline(engine, rendering, plan)
-        peak_bytes, memory = engine.peak_bytes, peak_memory(engine.peak_bytes, engine.roles)
+        memory = peak_memory(engine.peak_bytes, engine.roles)
+        workers = describe_workers(engine.settings, engine.division, timeline.spans, memory)
+        report["placement"] = placement_as_json(engine.settings)
+        report["peak_bytes"] = {str(rank): held for rank, held in engine.peak_bytes.items()}
     report.update(load_s=load_s, total_s=time.perf_counter() - start_s)
-    report["peak_bytes"] = {str(rank): held for rank, held in peak_bytes.items()}
     if results:
-        session.terminal.say(summarize(results, load_s=load_s, memory=memory))
+        session.terminal.say(summarize(results, load_s=load_s, workers=workers))
     if trace is not None:  # after the summary, so that a full disk does not take that away too
         _write_trace(session, trace, timeline)
     if results and plan.settings.model == EMBEDDED:

@@ -6,14 +6,6 @@ import typer
 
 from pipedit.cli.console import session_of
 from pipedit.cli.options import default, option, switch
-from pipedit.cli.plan_question import Machine, Question, ask
-from pipedit.cli.plan_tables import Answer, plan_as_json, plan_report
-from pipedit.core.request import VideoRequest
-from pipedit.plan.arrangements import Asked
-from pipedit.plan.memory import Need, Room, SizeLadder, memory_problem
-from pipedit.plan.planner import least_need, make_plan, predicted_by
-from pipedit.plan.predict import Predictor
-from pipedit.plan.replicas import best_replicas
 
 _WHAT, _WHERE, _OUTPUT = "What is to be made", "On which machine", "Output"
 EPILOG = """
@@ -79,6 +71,10 @@ def plan(
     as_json: Annotated[bool, switch("--json", panel=_OUTPUT, help="Print one JSON document.")] = False,
 ) -> None:
     """Predict how a machine would make videos soonest: who does what, how long it takes, what does not fit and why."""
+    from pipedit.cli.plan_answer import answer
+    from pipedit.cli.plan_question import Machine, ask
+    from pipedit.cli.plan_tables import plan_as_json, plan_report
+
     session = session_of(context)
     fields = {
         "width": width,
@@ -100,25 +96,3 @@ def plan(
     session.report.update(plan_as_json(found))
     if not as_json:
         session.terminal.table(plan_report(found, top))
-
-
-def answer(question: Question) -> Answer:
-    """Compares one engine with one engine, and the best with several beside each other."""
-    num_workers, available = question.cluster.num_devices, question.available_bytes
-    durations_of, asked, videos = predicted_by(Predictor(cluster=question.cluster)), Asked(fewer=True), question.videos
-    found = make_plan(videos, num_workers, available_bytes=available, durations_of=durations_of, asked=asked)
-    beside = best_replicas(videos, num_workers, available_bytes=available, durations_of=durations_of)
-    return Answer(
-        question=question, plan=found, beside=beside, advice=_advice(question) if found.best is None else None
-    )
-
-
-def _advice(question: Question) -> str | None:
-    """Where nothing fits: how far it is from that, and what would fit."""
-    rules = question.model.size_rules
-    ladder = SizeLadder(frame_step=rules.frame_step, size_multiple=rules.size_multiple)
-
-    def need_of(request: VideoRequest) -> Need:
-        return least_need([question.planned(request)], question.cluster.num_devices)
-
-    return memory_problem(question.request, need_of, Room(available_bytes=question.available_bytes), ladder, {})

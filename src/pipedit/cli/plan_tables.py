@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pipedit.cli.plan_answer import Answer
 from pipedit.cli.plan_question import Question
 from pipedit.core.placement import Role
 from pipedit.core.units import GIB, format_bytes, format_seconds
@@ -26,16 +27,6 @@ _LEGEND = (
 _COMMAND_WIDTH = 76  # of a line of the command, which must survive copying from a narrow terminal
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Answer:
-    """`beside`: the best of several engines beside each other. `advice`: what would fit where nothing does."""
-
-    question: Question
-    plan: Plan
-    beside: Replicas | None
-    advice: str | None
-
-
 def plan_report(answer: Answer, top: int) -> RenderableType:
     """Everything, top down: the question, the proposals, what they gain, the refused, the command, the small print."""
     plan, question = answer.plan, answer.question
@@ -45,8 +36,7 @@ def plan_report(answer: Answer, top: int) -> RenderableType:
         parts.append(Text(f"\nNothing of this can run: {answer.advice or 'see below'}.", style="bold red"))
     else:
         parts += [proposal_table(shown_proposals(plan, top), plan.videos, best), *map(Text, gain_lines(answer))]
-    if plan.refusals:
-        parts.append(refusal_table(plan))
+    parts.append(refusal_table(plan) if plan.refusals else Text(""))
     if best is not None and question.model.can_run:
         command = generate_command(best.arrangement, answer)
         parts += [Text("To run the first:", style="bold cyan"), Text(f"\n{folded(command)}\n", no_wrap=True)]

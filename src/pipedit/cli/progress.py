@@ -14,6 +14,7 @@ from rich.text import Text
 from pipedit.cli.console import Terminal
 from pipedit.cli.order import Job
 from pipedit.core.units import format_seconds
+from pipedit.engine.updates import Progress
 
 _LINE_EVERY_S = 10.0
 _FOLLOWING = {"encode": "denoise", "denoise": "decode"}
@@ -46,8 +47,8 @@ class Display:
     def begin(self, job: Job, num_chunks: int) -> None:
         """Work on the video begins; it will be decoded in `num_chunks` chunks."""
 
-    def progress(self, job: Job, stage: str, done: int, total: int) -> None:
-        """`done` of `total` units of "encode", "denoise" or "decode" are finished."""
+    def progress(self, job: Job, update: Progress) -> None:
+        """Some units of "encode", "denoise" or "decode" are finished."""
 
     def again(self, job: Job, error: Exception) -> None:
         """The video begins again, because its workers were lost."""
@@ -86,11 +87,11 @@ def _totals(job: Job, num_chunks: int) -> dict[str, int]:
 
 
 class LineDisplay(Display):
-    """For logs and pipes: a line when a stage is done, and one every 10 seconds within it."""
+    """For logs and pipes: a line when a stage is done, and one every 10 seconds within it. Times are those of the work
+    itself: between two units, workers may be busy with other videos."""
 
     def __init__(self, terminal: Terminal, clock: Callable[[], float] = time.monotonic) -> None:
         self._terminal, self._clock = terminal, clock
-        self._began_s: dict[tuple[int, str], float] = {}
         self._last_line_s = 0.0
 
     @contextlib.contextmanager
@@ -101,26 +102,19 @@ class LineDisplay(Display):
         self._terminal.say(f"loaded in {format_seconds(self._clock() - start_s)}")
 
     def begin(self, job: Job, num_chunks: int) -> None:
-        self._begin_stage(job, "encode")
+        self._last_line_s = self._clock()
         self._terminal.say(describe_job(job))
 
-    def progress(self, job: Job, stage: str, done: int, total: int) -> None:
-        now_s = self._clock()
-        spent_s = now_s - self._began_s[job.number, stage]
-        if done == total:
-            self._say(job, f"{stage} {done}/{total}, took {format_seconds(spent_s)}")
-            if stage in _FOLLOWING:
-                self._begin_stage(job, _FOLLOWING[stage])
-        elif now_s - self._last_line_s >= _LINE_EVERY_S:
-            left_s = spent_s / done * (total - done)
-            self._say(job, f"{stage} {done}/{total}, {format_seconds(left_s)} left")
+    def progress(self, job: Job, update: Progress) -> None:
+        finished = f"{update.stage} {update.done}/{update.total}"
+        if update.done == update.total:
+            self._say(job, f"{finished}, took {format_seconds(update.spent_s)}")
+        elif self._clock() - self._last_line_s >= _LINE_EVERY_S:
+            left_s = update.spent_s / update.done * (update.total - update.done)
+            self._say(job, f"{finished}, {format_seconds(left_s)} left")
 
     def again(self, job: Job, error: Exception) -> None:
         self._terminal.say(_begins_again(job, error))
-        self._begin_stage(job, "encode")
-
-    def _begin_stage(self, job: Job, stage: str) -> None:
-        self._began_s[job.number, stage] = self._last_line_s = self._clock()
 
     def _say(self, job: Job, text: str) -> None:
         self._last_line_s = self._clock()
@@ -171,11 +165,11 @@ class BarDisplay(Display):
             for stage, total in _totals(job, num_chunks).items()
         }
 
-    def progress(self, job: Job, stage: str, done: int, total: int) -> None:
+    def progress(self, job: Job, update: Progress) -> None:
         tasks = self._tasks[job.number]
-        self._bars.update(tasks[stage], completed=done, total=total)
-        if done == total and stage in _FOLLOWING:
-            self._bars.start_task(tasks[_FOLLOWING[stage]])
+        self._bars.update(tasks[update.stage], completed=update.done, total=update.total)
+        if update.done == update.total and update.stage in _FOLLOWING:
+            self._bars.start_task(tasks[_FOLLOWING[update.stage]])
 
     def again(self, job: Job, error: Exception) -> None:
         self._terminal.err.print(_begins_again(job, error), soft_wrap=True)

@@ -19,7 +19,7 @@ from pipedit.engine.engine import Engine
 from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Progress, Restarted, Update
 from pipedit.media import FrameWriter, open_writer
 
-STAGES = ("encode", "denoise", "decode", "write")  # in the order of work
+STAGES = ("encode", "fetch", "onload", "denoise", "decode", "write")  # in the order of work; some may be missing
 _STAGE_OF = {"step": "denoise"}  # kinds of spans that people know by another name
 _CONTROLLER = -1  # the rank of the process that drives the workers: it writes the files
 
@@ -120,7 +120,7 @@ class Rendering:
         match update:
             case Progress():
                 self._begin(video)
-                self._display.progress(video.job, update.stage, update.done, update.total)
+                self._display.progress(video.job, update)
             case Restarted():
                 self._display.again(video.job, update.error)
             case Frames():

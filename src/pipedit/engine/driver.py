@@ -6,7 +6,7 @@ of its own requests. Knows nothing of prompts, models or files.
 
 import collections
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from pipedit.core import messages
 from pipedit.core.errors import PipeditError, WorkerDiedError
@@ -158,22 +158,23 @@ class Driver:
         if event.rank == command.ranks[0]:  # ranks work at the same time: one of them tells how long it took
             for span in event.spans:
                 running.seconds[span.what] = running.seconds.get(span.what, 0.0) + span.duration_s
-            self._progress(event)
+            self._progress(event, running.seconds)
         if isinstance(event, messages.ChunkDecoded) and event.frames is not None:
             self._hand_out(running, event)
 
-    def _progress(self, event: messages.Event) -> None:
+    def _progress(self, event: messages.Event, seconds: Mapping[str, float]) -> None:
         job = self._scheduler.job(event.request_id)
         match event:
             case messages.Encoded():
-                stage, done, total = "encode", 1, 1
+                stage, what, done, total = "encode", "encode", 1, 1
             case messages.StepDone():
-                stage, done, total = "denoise", event.step + 1, job.work.num_steps
+                stage, what, done, total = "denoise", "step", event.step + 1, job.work.num_steps
             case messages.ChunkDecoded():
-                stage, done, total = "decode", event.chunk + 1, job.work.chunks(len(job.decoders))
+                stage, what, done, total = "decode", "decode", event.chunk + 1, job.work.chunks(len(job.decoders))
             case _:
                 return
-        self._news.append(Progress(request_id=event.request_id, stage=stage, done=done, total=total))
+        spent_s = seconds.get(what, 0.0)
+        self._news.append(Progress(request_id=event.request_id, stage=stage, done=done, total=total, spent_s=spent_s))
 
     def _hand_out(self, running: _Running, event: messages.ChunkDecoded) -> None:
         """The frames that were not handed out yet: after a new beginning the first ones were."""

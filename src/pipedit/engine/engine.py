@@ -22,9 +22,9 @@ from pipedit.core.version import __version__
 from pipedit.engine.driver import Driver
 from pipedit.engine.fitting import check_memory, free_memory
 from pipedit.engine.intake import complete_requests, make_requests, request_problems, with_seed
-from pipedit.engine.placing import placement_of, policy_of, settle
-from pipedit.engine.settings import DecodeMode, EngineSettings, open_adapter, workers_here
-from pipedit.engine.sharing import choose_sharing
+from pipedit.engine.placing import describe, placement_of, policy_of, settle
+from pipedit.engine.settings import DecodeMode, EngineSettings, open_adapter, setting_notes, workers_here
+from pipedit.engine.sharing import choose_sharing, help_notes
 from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Update
 from pipedit.engine.video import Video
 from pipedit.executor.base import Executor
@@ -260,6 +260,16 @@ class Engine:
 
     def roles(self, rank: int) -> tuple[Role, ...]:
         return self._placement.roles(rank)
+
+    @property
+    def division(self) -> str:
+        """Who does what, in words; known once requests were prepared, or the engine was started."""
+        assert self._is_placed, "prepare requests first"
+        return describe(self.settings)
+
+    def notes(self, requests: Sequence[VideoRequest]) -> list[str]:
+        """What will work with these prepared requests, but may disappoint. Imports torch."""
+        return [*setting_notes(self.settings), *help_notes(requests, self.adapter, self.settings)]
 
     def num_decode_chunks(self, request: VideoRequest) -> int:
         """How many pieces the frames of a prepared request come in, where all decoders share the work."""

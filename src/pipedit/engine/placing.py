@@ -10,12 +10,13 @@ from pipedit.engine.settings import DecodeMode, EngineSettings, Strategy
 from pipedit.models.adapter import ModelAdapter, Precision
 from pipedit.models.planned_videos import planned_videos
 from pipedit.plan.aco_gate import AcoMode
-from pipedit.plan.arrangements import Arrangement, Asked, Kind
+from pipedit.plan.arrangements import Arrangement, Asked, Kind, arrangements
 from pipedit.plan.choice import choose_placement
 from pipedit.plan.estimate import DurationsOf
 from pipedit.plan.planner import predicted_by
 from pipedit.plan.predict import Predictor
 from pipedit.plan.scheduler import Policy
+from pipedit.worker.device import resolve_device
 
 _ENCODERS = {"denoise": Role.DENOISER, "decode": Role.DECODER}
 
@@ -32,6 +33,19 @@ def placement_of(settings: EngineSettings) -> Placement:
     return Placement.disaggregated(
         denoise=settings.denoise_workers, decode=settings.decode_workers, encoder=_ENCODERS[settings.encode_on]
     )
+
+
+def describe(settings: EngineSettings) -> str:
+    """Who does what by settings that leave nothing open, such as "2 denoise, 1 encodes and decodes"."""
+    placement = placement_of(settings)
+    is_serial = len(placement.decoders) < len(placement.denoisers)
+    if placement.is_disaggregated:
+        kind = Kind.DISAGGREGATED
+    elif settings.offload:
+        kind = Kind.OFFLOADED_SERIAL if is_serial else Kind.OFFLOADED
+    else:
+        kind = Kind.SERIAL if is_serial else Kind.COLOCATED
+    return Arrangement(kind=kind, placement=placement, degrees=settings.wanted).describe()
 
 
 def policy_of(settings: EngineSettings) -> Policy:
@@ -57,12 +71,15 @@ def settle(
     videos = planned_videos(
         requests or [adapter.complete(VideoRequest(prompt=""))], adapter, precision, tiling=settings.vae_tiling
     )
+    asked = _asked(settings)
+    if next(arrangements(settings.num_workers, videos, asked), None) is None:
+        asked = dataclasses.replace(asked, aco=(AcoMode.OFF,))  # nobody can help; sharing.help_notes tells why
     choice = choose_placement(
         videos,
         settings.num_workers,
         available_bytes=available_bytes,
         durations_of=None if settings.hardware is None else _durations_of(settings),
-        asked=_asked(settings),
+        asked=asked,
     )
     return _settings_of(choice.arrangement, settings), choice.reason
 
@@ -88,7 +105,7 @@ def _kinds(settings: EngineSettings) -> frozenset[Kind]:
         return frozenset({Kind.OFFLOADED_SERIAL if is_serial else Kind.OFFLOADED})
     if is_serial:
         return frozenset({Kind.SERIAL})
-    if settings.device == "cpu":  # weights are in host memory anyway
+    if resolve_device(settings.device) == "cpu":  # weights are in host memory anyway
         return frozenset({Kind.COLOCATED, Kind.SERIAL, Kind.DISAGGREGATED})
     return frozenset(Kind)
 
@@ -108,7 +125,7 @@ def _settings_of(arrangement: Arrangement, settings: EngineSettings) -> EngineSe
             denoise_workers=len(placement.denoisers),
             decode_workers=len(placement.decoders),
             encode_on="denoise" if placement.encodes_locally else "decode",
-            aco=arrangement.aco,
+            aco=AcoMode.ON if settings.aco == AcoMode.ON else arrangement.aco,
         )
     return dataclasses.replace(
         settings,

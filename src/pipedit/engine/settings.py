@@ -202,6 +202,8 @@ def _combination_problems(settings: EngineSettings) -> list[str]:
             problems.append("offload needs strategy colocated: disaggregated workers hold only what they need")
         if settings.decode != DecodeMode.SPREAD:
             problems.append("decode='serial' needs strategy colocated")
+        if settings.aco == AcoMode.ON and (_whole(settings.ring_degree) or 1) > 1:
+            problems.append(f"aco='on' needs ring_degree=1, not {settings.ring_degree}: nobody can help a ring")
     return problems
 
 

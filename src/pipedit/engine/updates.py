@@ -16,11 +16,13 @@ class Update:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress(Update):
-    """`done` of `total` units of a stage ("encode", "denoise", "decode") are finished."""
+    """`done` of `total` units of a stage ("encode", "denoise", "decode") are finished. `spent_s`: the time that these
+    took, without the waiting between them."""
 
     stage: str
     done: int
     total: int
+    spent_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from pipedit.core.parallel import ParallelConfig
 from pipedit.core.shares import split_evenly
 
 WARM_UP = 1  # samples of each choice that do not count: buffers are made, chunk counts tried
-SAMPLES = 2  # of each choice that do
+SAMPLES = 3  # of each choice that do: one of them may be an outlier
 MARGIN = 0.97  # what the time with help must be below, times that without: more than noise
 
 

@@ -99,7 +99,7 @@ def _forced_reason(
     simpler = next((a for a in found if a.kind is Kind.COLOCATED), None)
     refusal = None if simpler is None or chosen is simpler else _refusal(simpler, videos, available_bytes)
     if refusal is None:
-        return f"{chosen.describe()}: that is what was asked for"
+        return chosen.describe()  # it was asked for
     return f"{chosen.describe()}: with everything on every worker, {refusal}"
 
 

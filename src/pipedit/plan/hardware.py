@@ -237,15 +237,19 @@ _Part = TypeVar("_Part", Device, Link)
 
 
 def _make(kind: type[_Part], content: Mapping[str, Any], name: str) -> _Part:
-    fields = {field.name for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     beside = {"format", "kind", "link", "node_host_bytes_per_s"}
     problems = [
-        f"{name}: {key} is not known{_nearest(key, sorted(fields))}" for key in content if key not in fields | beside
+        f"{name}: {key} is not known{_nearest(key, sorted(fields))}"
+        for key in content
+        if key not in fields and key not in beside
     ]
     problems += [
         f"{name}: {key}={content[key]!r} should be a number above 0"
         for key in content
-        if key in fields and key.endswith(("_bytes", "_per_s", "_s")) and not _is_positive(content[key])
+        if key in fields
+        and key.endswith(("_bytes", "_per_s", "_s"))
+        and not _is_fitting(content[key], fields[key].default)
     ]
     if problems:
         raise InvalidRequestError(problems)
@@ -255,8 +259,11 @@ def _make(kind: type[_Part], content: Mapping[str, Any], name: str) -> _Part:
         raise InvalidRequestError([f"{name} is not a {kind.__name__.lower()} file: {_why(error)}"]) from error
 
 
-def _is_positive(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0)
+def _is_fitting(value: Any, default: Any) -> bool:
+    """Whether a value can be that of a number, which is None only where that is the default."""
+    if value is None:
+        return default is None
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _content(kind: str, name: str) -> dict[str, Any]:

@@ -29,7 +29,10 @@ from pipedit.plan.simulator import Arrival, simulate
 
 TIE = 0.01  # what takes no more than this much longer counts as equal
 _SPLITS_SIMULATED, _VARIANTS_SIMULATED = 8, 3  # numbers of workers by role, and ways to run each of them
-_MOST_COMMANDS = 4000  # in one simulation; of more videos than that makes, the rest is extrapolated
+_MOST_ANSWERS = (
+    40_000  # of ranks to commands, in one simulation; of more videos than that makes, the rest is extrapolated
+)
+_FEWEST_VIDEOS = 8
 
 _Split = tuple[Kind, int, int]
 
@@ -198,7 +201,7 @@ def predict(arrangement: Arrangement, videos: Sequence[PlannedVideo], durations_
     """Simulates all videos, handed in at once and well mixed; very many of one kind are extrapolated."""
     kinds = _mixed(videos)
     commands = max(video.cost.num_steps + video.chunks_with(1) for video in videos)
-    simulated = kinds[: max(8, _MOST_COMMANDS // commands)]
+    simulated = kinds[: max(_FEWEST_VIDEOS, _MOST_ANSWERS // (commands * arrangement.num_workers))]
     run = simulate([pool_of(arrangement, videos, durations_of)], [Arrival(at_s=0.0, kind=kind) for kind in simulated])
     outcome, done = summarize(run), sorted(life.done_s for life in run.lives)
     half = len(done) // 2

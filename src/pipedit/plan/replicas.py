@@ -9,7 +9,7 @@ from pipedit.plan.estimate import DurationsOf
 from pipedit.plan.planned_video import PlannedVideo, total_count
 from pipedit.plan.planner import Proposal, make_plan
 
-_FEW = 16  # up to here, every number of workers is tried
+_WORKERS_EACH = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64)
 # Offloading engines would share the way to host memory, which is predicted for one of them.
 _KINDS = frozenset(kind for kind in Kind if not kind.is_offloaded)
 
@@ -48,6 +48,5 @@ def best_replicas(
 
 def divisions(num_workers: int, num_videos: int) -> list[tuple[int, int]]:
     """Numbers of engines and of workers in each. No engine is without a video."""
-    each = [n for n in range(1, num_workers // 2 + 1) if n <= _FEW or n & (n - 1) == 0]
-    counts = {workers: min(num_workers // workers, num_videos) for workers in each}
+    counts = {workers: min(num_workers // workers, num_videos) for workers in _WORKERS_EACH}
     return [(engines, workers) for workers, engines in counts.items() if engines > 1]
