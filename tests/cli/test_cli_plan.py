@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from pipedit.cli.app import app
+from pipedit.plan.hardware import make_cluster, write_cluster
 from tests.cli.running import Cli, Ran
 
 HUNYUAN = (
@@ -136,7 +137,27 @@ def test_a_cluster_file(cli: Cli, tmp_path: Path) -> None:
     plain = ("plan", "--model", "wan2.1-t2v-1.3b", "--prompts", "2", "--cluster", str(file))
     machine = cli(*plain, "--json").document["machine"]
     assert (machine["device"], machine["num_devices"], machine["link"]) == ("l40", 2, "pcie4")
-    assert cli(*plain, "--gpus", "4", "--link", "x").errors == ["--cluster says it all; leave --gpus and --link out"]
+    assert cli(*plain, "--gpus", "4", "--json").document["machine"]["num_devices"] == 4
+    assert cli(*plain, "--gpu", "h100", "--link", "x").errors == ["--cluster says that too; leave --gpu and --link out"]
+    for broken in ("{", "[]", '{"device": "l40"}', '{"kind": "cluster"}'):
+        file.write_text(broken)
+        assert cli(*plain).code == 2
+
+
+def test_what_profile_writes_is_a_cluster(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "here.json"
+    write_cluster(make_cluster("l40", num_devices=2), file)
+    plain = ("plan", "--model", cli.model, "--cluster", str(file), "--json")
+    machine = cli(*plain).document["machine"]
+    assert (machine["device"], machine["num_devices"]) == ("l40", 2)
+    assert cli(*plain, "--gpus", "3").document["machine"]["num_devices"] == 3
+
+
+def test_workers_on_a_cpu_share_its_memory_and_offload_nothing(cli: Cli) -> None:
+    plain = ("plan", "--model", cli.model, "--gpu", "cpu", "--json")
+    one, four = (cli(*plain, "--gpus", str(count)).document for count in (1, 4))
+    assert one["machine"]["available_bytes"] == 4 * four["machine"]["available_bytes"]
+    assert not any(proposal["offload"] for proposal in four["proposals"])
 
 
 def test_a_model_in_a_folder(cli: Cli) -> None:

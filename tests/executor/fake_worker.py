@@ -59,6 +59,8 @@ class FakeWorker:
         self._prompts.pop(request_id, None)
         return messages.Released(request_id=request_id, rank=rank)
 
+    def recover(self) -> None: ...
+
     def close(self) -> None: ...
 
     def _span(self, request_id: str, what: str, index: int | None) -> Span:

@@ -37,6 +37,8 @@ class StuckWorker:
             raise RuntimeError("no luck")
         return messages.StepDone(request_id=command.request_id, rank=self._rank, step=command.step)
 
+    def recover(self) -> None: ...
+
     def close(self) -> None: ...
 
 

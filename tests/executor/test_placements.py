@@ -53,24 +53,25 @@ def colocated(workers: int, **settings: Any) -> Settings:
     return {"num_workers": workers, "strategy": "colocated", **settings}
 
 
+ONE_CHUNK = {"pipesp_chunks": 1}  # other numbers round otherwise, and the number is chosen by what is faster
 COLOCATED: dict[str, Settings] = {
     "spread": colocated(2),
-    "serial": colocated(2, decode="serial"),
-    "offloaded": colocated(2, offload=True),
-    "offloaded serial": colocated(2, decode="serial", offload=True),
-    "3 spread": colocated(3),
+    "serial": colocated(2, decode="serial", **ONE_CHUNK),
+    "offloaded": colocated(2, offload=True, **ONE_CHUNK),
+    "offloaded serial": colocated(2, decode="serial", offload=True, **ONE_CHUNK),
+    "3 spread": colocated(3, **ONE_CHUNK),
 }
 DISAGGREGATED: dict[str, Settings] = {
     "1+1 off": disaggregated(1, 1, "decode", "off"),
     "1+1 on": disaggregated(1, 1, "denoise", "on"),
     "1+1 auto": disaggregated(1, 1, "decode", "auto"),
-    "2+1 off": disaggregated(2, 1, "denoise", "off"),
+    "2+1 off": disaggregated(2, 1, "denoise", "off", **ONE_CHUNK),
     "2+1 on": disaggregated(2, 1, "decode", "on"),
     "1+2 off": disaggregated(1, 2, "denoise", "off"),
     "1+2 on": disaggregated(1, 2, "decode", "on"),
     "2+2 on": disaggregated(2, 2, "decode", "on"),
     "2+2 auto": disaggregated(2, 2, "denoise", "auto", cfg_degree=1),
-    "3+1 off": disaggregated(3, 1, "decode", "off"),
+    "3+1 off": disaggregated(3, 1, "decode", "off", **ONE_CHUNK),
     "3+1 on": disaggregated(3, 1, "denoise", "on", ulysses_degree=3),
 }
 CASES = COLOCATED | DISAGGREGATED
@@ -212,10 +213,8 @@ def test_every_placement_makes_the_videos_of_one_process(
 @pytest.mark.parametrize(
     ("case", "like"),
     [
-        ("serial", "spread"),
-        ("offloaded", "spread"),
-        ("offloaded serial", "spread"),
-        ("2+1 off", "spread"),
+        ("2+1 off", "serial"),
+        ("offloaded serial", "offloaded"),
         ("3+1 off", "3 spread"),
         ("1+2 off", "1+1 off"),
     ],
@@ -227,10 +226,11 @@ def test_where_only_the_placement_changes_latents_are_equal_bit_by_bit(
 
 
 @pytest.mark.parametrize("kind", ["wan", "hunyuan"])
-def test_a_denoiser_that_nobody_helps_makes_exactly_the_videos_of_one_process(
-    kind: str, alone: Callable[[str], Outcome], placed: Callable[[str, str], Outcome]
+@pytest.mark.parametrize("case", ["1+1 off", "serial"])
+def test_where_one_decodes_and_nobody_helps_videos_are_exactly_those_of_one_process(
+    kind: str, case: str, alone: Callable[[str], Outcome], placed: Callable[[str, str], Outcome]
 ) -> None:
-    expected, outcome = alone(kind), placed(kind, "1+1 off")
+    expected, outcome = alone(kind), placed(kind, case)
     assert equal(outcome, expected)
     assert all(np.array_equal(outcome.frames[name], expected.frames[name]) for name in expected.frames)
 

@@ -108,6 +108,9 @@ class _Watched:
     def handle(self, command: messages.Command) -> messages.Event:
         return self._worker.handle(command)
 
+    def recover(self) -> None:
+        self._worker.recover()
+
     def close(self) -> None:
         self._worker.close()
 

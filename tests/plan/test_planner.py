@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipedit.core.placement import Placement, Role
 from pipedit.plan.aco_gate import AcoMode
 from pipedit.plan.arrangements import Arrangement, Asked, Kind, arrangements
-from pipedit.plan.degrees import Wanted
+from pipedit.plan.degrees import Wanted, choose
 from pipedit.plan.planned_video import PlannedVideo
 from pipedit.plan.planner import TIE, Plan, make_plan, predict, ranked
 from pipedit.plan.rank_memory import rank_needs
@@ -71,6 +71,13 @@ def test_what_is_asked_for_is_kept() -> None:
     assert {a.sharing(wan()[0]).describe() for a in found} == {"cfg 2 x ring 1 x ulysses 3"}  # a ring is not helped
     assert {(a.encoder, len(a.placement.decoders)) for a in found} == {(Role.DECODER, 2)}
     assert {(a.aco, a.sharing(wan()[0]).pipesp_chunks) for a in found} == {(AcoMode.ON, 2)}
+
+
+def test_degrees_may_be_left_to_the_engine() -> None:
+    for arrangement in arrangements(8, wan(), Asked(default_degrees=True)):
+        assert not arrangement.degrees.given
+        denoisers = len(arrangement.placement.denoisers)
+        assert arrangement.sharing(wan()[0]) == choose(Wanted(), denoisers, 12, True, wan()[0].cost.latent_tokens)
 
 
 def test_videos_that_differ_may_each_have_degrees_of_their_own() -> None:
@@ -210,7 +217,7 @@ def test_the_proposals_are_the_best_of_all() -> None:
 
 
 def test_many_videos_are_extrapolated() -> None:
-    few, many = plan(wan(count=50), 2).proposals[0], plan(wan(count=5000), 2).proposals[0]
+    few, many = plan(wan(count=10), 8).proposals[0], plan(wan(count=1000), 8).proposals[0]
     assert many.arrangement == few.arrangement
     assert many.makespan_s == pytest.approx(100 * few.makespan_s, rel=0.01)
 

@@ -229,7 +229,8 @@ def test_two_troubles_at_all_points(name: str) -> None:
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_longer_stories(name: str) -> None:
     check_seen(name, explore(begin(name, {"a": SHORT, "b": LONG}, troubles=2)))
-    check_seen(name, explore(begin(name, {"a": LONG, "b": URGENT, "c": SHORT}, troubles=1)))
+    if len(PLACEMENTS[name].decoders) == 1:  # else there are too many
+        check_seen(name, explore(begin(name, {"a": LONG, "b": URGENT, "c": SHORT}, troubles=1)))
 
 
 def test_circles_are_found() -> None:

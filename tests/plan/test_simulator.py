@@ -132,7 +132,7 @@ PLACEMENTS = [
     Placement.disaggregated(denoise=1, decode=2, encoder=Role.DENOISER),
     Placement.disaggregated(denoise=2, decode=2, encoder=Role.DECODER),
 ]
-seconds = st.sampled_from([0.0, 0.25, 1.0, 3.5])
+seconds = st.sampled_from([0.0, 0.1, 0.3, 1.0, 3.7])
 runs = st.fixed_dictionaries(
     {
         "placement": st.sampled_from(PLACEMENTS),
@@ -169,7 +169,7 @@ def test_nothing_is_lost_and_no_rank_does_two_things(run: dict[str, Any], coming
         units[span.request_id, span.what].append(span.index)
     assert max(by_rank) < replicas.num_ranks
     for spans in by_rank.values():
-        assert all(a.end_s <= b.start_s + 1e-9 for a, b in itertools.pairwise(sorted(spans, key=lambda s: s.start_s)))
+        assert all(a.end_s <= b.start_s for a, b in itertools.pairwise(sorted(spans, key=lambda s: s.start_s)))
     for number in range(1, len(coming) + 1):
         steps = units[f"request-{number}", "step"]
         assert sorted(set(steps)) == list(range(run["num_steps"]))

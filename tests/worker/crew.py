@@ -50,7 +50,7 @@ class Crew:
 
     def start(self, command: messages.Command) -> "dict[int, Future[messages.Event]]":
         """On all ranks at once."""
-        return {rank: self.threads.submit(self.workers[rank].handle, command) for rank in command.ranks}
+        return {rank: self.threads.submit(_handle, self.workers[rank], command) for rank in command.ranks}
 
     def run(self, command: messages.Command) -> list[messages.Event]:
         """Waits for what every rank says, in their order; raises what the first one raised."""
@@ -132,6 +132,14 @@ class Crew:
     def is_empty(self) -> bool:
         """Whether nobody keeps anything of any request."""
         return not any(worker._held for worker in self.workers) and not any(s.held_bytes for s in self.shelves)
+
+
+def _handle(worker: Worker, command: messages.Command) -> messages.Event:
+    try:
+        return worker.handle(command)
+    except BaseException:
+        worker.recover()
+        raise
 
 
 @contextlib.contextmanager

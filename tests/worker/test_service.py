@@ -9,6 +9,7 @@ import pytest
 
 from pipedit.core import messages
 from pipedit.core.placement import Placement
+from pipedit.core.request import VideoRequest
 from pipedit.core.spans import Span
 from pipedit.models.adapter import Precision
 from pipedit.worker.service import Ready, StartFailed, Stop, WorkerSpec, serve
@@ -23,6 +24,7 @@ SPEC = WorkerSpec(
     key=b"secret",
 )
 RELEASE = messages.Release(request_id="a", ranks=(1,))
+FAILING = messages.Decode(request_id="a", ranks=(0, 1), request=VideoRequest(prompt=""), chunk=0)
 
 
 class Noting:
@@ -31,6 +33,7 @@ class Noting:
     def __init__(self, fails: bool) -> None:
         self._fails = fails
         self.done: list[str] = []
+        self.may_recover = threading.Event()
 
     def load(self) -> tuple[Span, ...]:
         if self._fails:
@@ -39,7 +42,13 @@ class Noting:
 
     def handle(self, command: messages.Command) -> messages.Event:
         self.done.append("handle")
+        if isinstance(command, messages.Decode):
+            raise RuntimeError("no luck")
         return messages.Released(request_id=command.request_id, rank=1)
+
+    def recover(self) -> None:
+        self.done.append("recover")
+        self.may_recover.wait(10.0)
 
     def close(self) -> None:
         self.done.append("close")
@@ -76,6 +85,23 @@ def test_a_worker_is_closed_when_it_is_stopped() -> None:
     worker = Noting(fails=False)
     assert talk(worker, say) == [True]
     assert worker.done == ["handle", "close"]
+
+
+def test_a_failure_is_told_of_before_others_are_let_down() -> None:
+    worker = Noting(fails=False)
+
+    def say(link: Any) -> None:
+        assert isinstance(link.recv(), Ready)
+        link.send(FAILING)
+        assert link.poll(10.0)
+        assert isinstance(link.recv(), messages.CommandFailed), "though it has not recovered yet"
+        worker.may_recover.set()
+        link.send(RELEASE)
+        assert isinstance(link.recv(), messages.Released)
+        link.send(Stop())
+
+    assert talk(worker, say) == [True]
+    assert worker.done == ["handle", "recover", "handle", "close"]
 
 
 def test_a_worker_is_closed_when_the_other_end_is_gone() -> None:

@@ -13,6 +13,7 @@ from pipedit.engine.updates import Cancelled, Finished
 MOST_AT_A_TIME = 4
 WARM_UP = 0.2  # of the cancels, after which memory shall not grow any more
 GROWTH_BYTES = 32 * 2**20  # what allocators may do; a request's tensors, kept 200 times, would be more
+_SHARE = 0.7  # of the time that a batch takes: later most requests are over
 _NOT_BEGUN = "not begun"
 
 
@@ -82,7 +83,7 @@ def _batch(subject: Subject, most: int, rng: random.Random, tally: Tally) -> Non
     numbers = rng.choices(range(len(REQUESTS)), k=rng.randint(1, MOST_AT_A_TIME))
     outcome = subject.submit(numbers, [rng.choice((0, 0, 1)) for _ in numbers])
     doomed = rng.sample(sorted(outcome.requests), k=min(rng.randint(1, len(numbers)), most))
-    lasts_s = subject.batch_s * len(numbers) / len(REQUESTS)
+    lasts_s = _SHARE * subject.batch_s * len(numbers) / len(REQUESTS)
     at_once = rng.random() < 0.25
     same_s = rng.uniform(0.0, lasts_s)
     canceller = _Canceller(

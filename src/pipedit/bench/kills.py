@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -45,19 +46,19 @@ class Kill:
     problems: tuple[str, ...]
 
 
-def _is_step(first: bool) -> Callable[[Command, int], bool]:
-    return lambda command, _rank: isinstance(command, Denoise) and (command.step == 0) == first
+def _is_step(first: bool) -> Callable[[Command], bool]:
+    return lambda command: isinstance(command, Denoise) and (command.step == 0) == first
 
 
-def _is_chunk(first: bool) -> Callable[[Command, int], bool]:
-    return lambda command, _rank: isinstance(command, Decode) and (command.chunk == 0) == first
+def _is_chunk(first: bool) -> Callable[[Command], bool]:
+    return lambda command: isinstance(command, Decode) and (command.chunk == 0) == first
 
 
-def _helps(command: Command, rank: int) -> bool:
-    return isinstance(command, Denoise) and command.aco is not None and any(rank in g for g in command.aco.helpers)
+def _is_helped(command: Command) -> bool:
+    return isinstance(command, Denoise) and command.aco is not None
 
 
-def _hands_over(command: Command, _rank: int) -> bool:
+def _hands_over(command: Command) -> bool:
     match command:
         case Denoise(step=0):
             return command.conditioning_at is not None
@@ -67,11 +68,11 @@ def _hands_over(command: Command, _rank: int) -> bool:
 
 
 # By their names: the commands that begin them, and the spans that tell how long they take.
-_MOMENTS: dict[str, tuple[Callable[[Command, int], bool], str]] = {
-    "encoding": (lambda command, _rank: isinstance(command, Encode), "encode"),
+_MOMENTS: dict[str, tuple[Callable[[Command], bool], str]] = {
+    "encoding": (lambda command: isinstance(command, Encode), "encode"),
     "first step": (_is_step(first=True), "step"),
     "mid step": (_is_step(first=False), "step"),
-    HELPING: (_helps, "help"),
+    HELPING: (_is_helped, "help"),
     HAND_OVER: (_hands_over, ""),
     "first chunk": (_is_chunk(first=True), "decode"),
     "mid chunk": (_is_chunk(first=False), "decode"),
@@ -87,7 +88,7 @@ def cases_of(subject: Subject) -> list[Case]:
         for stage in STAGES
         for rank in placement.world
         if (stage != HAND_OVER or placement.hands_over)
-        and (stage != HELPING or (subject.helps and rank in placement.decoders))
+        and (stage != HELPING or subject.helps)
     ]
 
 
@@ -153,7 +154,7 @@ def _strike(subject: Subject, case: Case, rng: random.Random, skip: int) -> Stri
     return Strike(
         rank=case.rank,
         delay_s=rng.uniform(0.0, typical_s),
-        is_moment=lambda command: begins(command, case.rank),
+        is_moment=begins,
         skip=skip,
     )
 
@@ -220,21 +221,15 @@ def _told(one: Kill) -> str:
 
 def summary(kills: Sequence[Kill]) -> dict[str, Any]:
     """JSON-ready."""
-    table: dict[str, dict[str, int]] = {}
-    for one in kills:
-        row = table.setdefault(one.case.stage, {})
-        row[one.role] = row.get(one.role, 0) + 1
-    at: dict[str, int] = {}
-    for one in kills:
-        at[one.doing] = at.get(one.doing, 0) + 1
+    roles = {stage: Counter(one.role for one in kills if one.case.stage == stage) for stage in STAGES}
     return {
         "count": len(kills),
         "named_after_s": dataclasses.asdict(Spread.of([one.named_after_s for one in kills])),
         "all_over_after_s": dataclasses.asdict(Spread.of([one.seconds for one in kills])),
         "requests_failed": sum(one.failed for one in kills),
         "requests_begun_again": sum(one.restarted for one in kills),
-        "by_stage_and_role": table,
-        "by_what_the_rank_was_at": at,
+        "by_stage_and_role": {stage: dict(counts) for stage, counts in roles.items() if counts},
+        "by_what_the_rank_was_at": dict(Counter(one.doing for one in kills)),
         "problems": [
             f"{one.case.stage}, rank {one.case.rank} ({one.role}) while {one.doing}: {problem}"
             for one in kills

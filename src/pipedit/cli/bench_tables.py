@@ -146,17 +146,20 @@ def _streams_table(name: str, mix: dict[str, Any]) -> Table:
 
 
 def faults_table(result: dict[str, Any]) -> Table:
-    """Kills by stage and role, then what became of cancelled requests."""
+    """Kills by stage, then how far the requests had come that were cancelled."""
     kills, cancels = result["kills"], result["cancels"]
-    table = Table("", "role, and how often", box=None, title="faults", title_justify="left")
+    table = Table("", "", "how often", box=None, title="faults", title_justify="left")
     for stage, roles in kills.get("by_stage_and_role", {}).items():
-        table.add_row(f"killed, {stage}", "; ".join(f"{role} {count}" for role, count in sorted(roles.items())))
+        table.add_row("killed", stage, str(sum(roles.values())))
     if kills["count"]:
         after = kills["named_after_s"]
-        table.add_row("named after", f"{format_seconds(after['median'])}, at most {format_seconds(after['max'])}")
-    stages = ", ".join(f"{stage} {count}" for stage, count in sorted(cancels["cancelled_after"].items()))
-    table.add_row("cancelled, after", stages)
-    told = f"{cancels['finished_nevertheless']} of {cancels['cancels']} were done before; {cancels['untouched']} others"
-    table.add_row("finished", told)
-    table.add_row("problems", str(len(result["problems"])))
+        told = f"{format_seconds(after['median'])}, at most {format_seconds(after['max'])}"
+        table.add_row("", f"named after {told}", str(kills["count"]))
+        table.add_row("", "requests that failed", str(kills["requests_failed"]))
+        table.add_row("", "requests that began again", str(kills["requests_begun_again"]))
+    for stage, count in sorted(cancels["cancelled_after"].items()):
+        table.add_row("cancelled", stage, str(count))
+    table.add_row("", "were over before", str(cancels["finished_nevertheless"]))
+    table.add_row("", "others, which finished", str(cancels["untouched"]))
+    table.add_row("problems", "", str(len(result["problems"])))
     return table

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from pipedit.cli.plan_question import Question
+from pipedit.cli.plan_question import CPU, Question
 from pipedit.core.request import VideoRequest
-from pipedit.plan.arrangements import Asked
+from pipedit.plan.arrangements import Asked, Kind
 from pipedit.plan.memory import Need, Room, SizeLadder, memory_problem
 from pipedit.plan.planner import Plan, least_need, make_plan, predicted_by
 from pipedit.plan.predict import Predictor
@@ -24,7 +24,10 @@ class Answer:
 def answer(question: Question) -> Answer:
     """Compares one engine with one engine, and the best with several beside each other."""
     num_workers, available = question.cluster.num_devices, question.available_bytes
-    durations_of, asked, videos = predicted_by(Predictor(cluster=question.cluster)), Asked(fewer=True), question.videos
+    durations_of, videos = predicted_by(Predictor(cluster=question.cluster)), question.videos
+    # On a CPU, weights are in host memory anyway.
+    kinds = frozenset(kind for kind in Kind if question.cluster.device.name != CPU or not kind.is_offloaded)
+    asked = Asked(kinds=kinds, fewer=True)
     found = make_plan(videos, num_workers, available_bytes=available, durations_of=durations_of, asked=asked)
     beside = best_replicas(videos, num_workers, available_bytes=available, durations_of=durations_of)
     return Answer(

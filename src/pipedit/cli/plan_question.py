@@ -1,18 +1,22 @@
 """What `pipedit plan` was asked, checked: every problem at once. Reads configs and data files, computes nothing."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pipedit.core.errors import CheckpointError, InvalidRequestError
 from pipedit.core.request import VideoRequest
 from pipedit.core.units import GIB
+from pipedit.engine.hardware import cluster_of
 from pipedit.models.by_name import PlannableModel, find_model, known_names
 from pipedit.plan.cluster_file import read_cluster_file
 from pipedit.plan.degrees import MOST_WORKERS
-from pipedit.plan.hardware import Cluster, known_devices, make_cluster
+from pipedit.plan.hardware import Cluster, known_devices, make_cluster, read_cluster
 from pipedit.plan.planned_video import PlannedVideo
 
+CPU = "cpu"
 _DEFAULT_GPUS = 8
 _MOST_PROMPTS = 10**6
 
@@ -59,7 +63,7 @@ def ask(
     """Raises InvalidRequestError with everything that is wrong."""
     problems = _count_problems(prompts, top, machine)
     cluster = _collect(problems, lambda: _find_cluster(machine))
-    device_type = "cpu" if cluster is not None and cluster.device.name == "cpu" else "cuda"
+    device_type = "cpu" if cluster is not None and cluster.device.name == CPU else "cuda"
     model = _collect(problems, lambda: _find_model(name, device_type))
     request = None if model is None else model.complete(VideoRequest(prompt="", **given))
     if model is not None and request is not None:
@@ -67,7 +71,7 @@ def ask(
     if problems:
         raise InvalidRequestError(problems)
     assert cluster is not None and model is not None and request is not None and name is not None
-    memory = cluster.device.memory_bytes if machine.memory_gib is None else int(machine.memory_gib * GIB)
+    memory = _device_bytes(cluster) if machine.memory_gib is None else int(machine.memory_gib * GIB)
     return Question(
         name=name,
         model=model,
@@ -91,13 +95,38 @@ def _find_model(name: str | None, device_type: str) -> PlannableModel:
 
 def _find_cluster(machine: Machine) -> Cluster:
     if machine.cluster is not None:
-        beside = {"--gpu": machine.gpu, "--gpus": machine.gpus, "--link": machine.link}
+        beside = {"--gpu": machine.gpu, "--link": machine.link}
         if clashing := [flag for flag, value in beside.items() if value is not None]:
-            raise InvalidRequestError([f"--cluster says it all; leave {' and '.join(clashing)} out"])
-        return read_cluster_file(machine.cluster).cluster()
+            raise InvalidRequestError([f"--cluster says that too; leave {' and '.join(clashing)} out"])
+        return _read_cluster(machine.cluster, machine.gpus)
     if machine.gpu is None:
         raise InvalidRequestError([f"--gpu is missing; give {', '.join(known_devices())}, or a --cluster file"])
     return make_cluster(machine.gpu, machine.link, num_devices=_DEFAULT_GPUS if machine.gpus is None else machine.gpus)
+
+
+def _device_bytes(cluster: Cluster) -> int:
+    """For each worker: on a CPU they share what there is."""
+    if cluster.device.name != CPU:
+        return cluster.device.memory_bytes
+    return cluster.device.memory_bytes // min(cluster.num_devices, cluster.devices_per_node)
+
+
+def _read_cluster(path: str, num_devices: int | None) -> Cluster:
+    """What `pipedit profile` has written, or a file that names devices and links, with another number of devices if one
+    is given."""
+    if is_written_cluster(path):
+        return read_cluster(Path(path)) if num_devices is None else cluster_of(path, num_devices)
+    file = read_cluster_file(path)
+    return (file if num_devices is None else dataclasses.replace(file, num_devices=num_devices)).cluster()
+
+
+def is_written_cluster(path: str) -> bool:
+    """Whether the file says that it holds everything itself. What cannot be read is left to others to complain of."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "kind" in content
 
 
 def _count_problems(prompts: int, top: int, machine: Machine) -> list[str]:

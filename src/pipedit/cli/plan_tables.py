@@ -166,9 +166,8 @@ def gain_lines(answer: Answer) -> list[str]:
             ratio = rival.makespan_s / best.makespan_s
             lines.append(f"The first is {ratio:.2f}x as fast as {kind} ({format_seconds(rival.makespan_s)}).")
     if (cost := cost_per_video(answer.question.cluster, best)) is not None:
-        lines.append(
-            f"With it a video costs {cost:.2f}, at {answer.question.cluster.device.price_per_hour:g} an hour a device."
-        )
+        price = answer.question.cluster.device.price_per_hour
+        lines.append(f"With the first, a video costs {cost:.2f}, at {price:g} an hour for each device.")
     if answer.beside is not None:
         lines.append(_beside_text(answer.beside, best))
     return lines

@@ -11,7 +11,7 @@ from pipedit.cli.console import session_of
 from pipedit.cli.options import JsonFlag, default, option
 from pipedit.core.errors import InvalidRequestError, PipeditError
 from pipedit.core.staging import target_problems
-from pipedit.core.units import format_bytes, format_seconds
+from pipedit.core.units import format_bytes
 
 
 def profile(
@@ -56,7 +56,7 @@ def profile(
 
 def _table(cluster: Any) -> Table:
     device, link = cluster.device, cluster.link
-    table = Table("what", "", title=f"{cluster.num_devices} x {device.title}", box=None)
+    table = Table(show_header=False, title=f"{cluster.num_devices} x {device.title}", box=None)
     for label, rate in (
         ("linear layers", device.linear_per_s),
         ("attention", device.attention_per_s),
@@ -64,7 +64,7 @@ def _table(cluster: Any) -> Table:
         ("convolutions", device.convolution_per_s),
     ):
         table.add_row(label, f"{rate / 1e9:.1f} GFLOP/s")
-    table.add_row("overhead of a layer", format_seconds(device.layer_overhead_s))
+    table.add_row("overhead of a layer", f"{device.layer_overhead_s * 1e3:.2f} ms")
     table.add_row("its memory", f"{format_bytes(device.memory_bytes)}, {format_bytes(device.memory_bytes_per_s)}/s")
     table.add_row("from host memory", f"{format_bytes(device.host_bytes_per_s)}/s")
     if cluster.num_devices > 1:

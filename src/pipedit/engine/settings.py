@@ -80,6 +80,8 @@ class EngineSettings:
         settings = cls(**given)
         if settings.strategy == Strategy.AUTO and settings._for_two_groups:
             settings = dataclasses.replace(settings, strategy=Strategy.DISAGGREGATED)
+        if settings.strategy != Strategy.DISAGGREGATED:
+            return settings
         workers = _whole(settings.num_workers) or 0
         if decode is None and denoise is not None and denoise < workers:
             return dataclasses.replace(settings, decode_workers=workers - denoise)

@@ -6,14 +6,13 @@ Here help has to pay: it is tried on the first steps of a shape and kept only if
 
 import dataclasses
 import enum
-import statistics
 from collections.abc import Hashable, Sequence
 
 from pipedit.core.parallel import ParallelConfig
 from pipedit.core.shares import split_evenly
 
 WARM_UP = 1  # samples of each choice that do not count: buffers are made, chunk counts tried
-SAMPLES = 3  # of each choice that do: one of them may be an outlier
+SAMPLES = 2  # of each choice that do; the shorter one counts: what disturbs a step makes it longer
 MARGIN = 0.97  # what the time with help must be below, times that without: more than noise
 
 
@@ -76,9 +75,9 @@ class AcoGate:
             return
         trial.times[choice].append(seconds)
         if all(len(times) >= WARM_UP + SAMPLES for times in trial.times):
-            medians = [statistics.median(times[WARM_UP:]) for times in trial.times]
-            best = min(range(len(medians)), key=medians.__getitem__)
-            trial.best = best if medians[best] < MARGIN * medians[0] else 0
+            shortest = [min(times[WARM_UP:]) for times in trial.times]
+            best = min(range(len(shortest)), key=shortest.__getitem__)
+            trial.best = best if shortest[best] < MARGIN * shortest[0] else 0
 
     def decided(self, key: Hashable) -> int | None:
         """What was settled on for this key; None while it is being tried."""

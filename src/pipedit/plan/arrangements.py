@@ -4,7 +4,7 @@ import dataclasses
 import enum
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from pipedit.core.parallel import ParallelConfig
 from pipedit.core.placement import Placement, Role
@@ -88,8 +88,9 @@ class Arrangement:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What somebody has laid down; the rest is open. `kinds` are those that may be taken. `fewer`: workers may be left
-    without work where that is as fast."""
+    """What somebody has laid down; the rest is open. `kinds` are those that may be taken. `default_degrees`: those
+    that are open are what `plan.degrees.choose` takes, so they are not compared. `fewer`: workers may be left without
+    work where that is as fast."""
 
     kinds: frozenset[Kind] = frozenset(Kind)
     denoise_workers: int | None = None
@@ -97,15 +98,8 @@ class Asked:
     encoder: Role | None = None
     aco: tuple[AcoMode, ...] = (AcoMode.OFF, AcoMode.AUTO)
     degrees: Wanted = dataclasses.field(default_factory=Wanted)
+    default_degrees: bool = False
     fewer: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """What cannot run, and why, in a sentence."""
-
-    what: str
-    reason: str
 
 
 def arrangements(num_workers: int, videos: Sequence[PlannedVideo], asked: Asked | None = None) -> Iterator[Arrangement]:
@@ -118,7 +112,7 @@ def arrangements(num_workers: int, videos: Sequence[PlannedVideo], asked: Asked 
         for kind in (kind for kind in Kind if kind in asked.kinds and kind is not Kind.DISAGGREGATED):
             if asked.denoise_workers is None and not (kind.is_serial and workers == 1):
                 place = Placement.serial_decode if kind.is_serial else Placement.colocated
-                for degrees in degree_choices(workers, videos, asked.degrees):
+                for degrees in degree_choices(workers, videos, asked):
                     yield Arrangement(kind=kind, placement=place(workers), degrees=degrees)
     if Kind.DISAGGREGATED in asked.kinds:
         yield from _disaggregated(num_workers, videos, asked)
@@ -126,7 +120,7 @@ def arrangements(num_workers: int, videos: Sequence[PlannedVideo], asked: Asked 
 
 def _disaggregated(num_workers: int, videos: Sequence[PlannedVideo], asked: Asked) -> Iterator[Arrangement]:
     for denoise, decode in splits(num_workers, videos, asked):
-        for degrees in degree_choices(denoise, videos, asked.degrees):
+        for degrees in degree_choices(denoise, videos, asked):
             for encoder, aco in itertools.product((Role.DECODER, Role.DENOISER), asked.aco):
                 if asked.encoder in (None, encoder) and (aco is AcoMode.OFF or may_help(videos, degrees, denoise)):
                     placement = Placement.disaggregated(denoise=denoise, decode=decode, encoder=encoder)
@@ -168,17 +162,20 @@ def worker_counts(num_workers: int, videos: Sequence[PlannedVideo], *, fewer: bo
     return sorted(count for count in even | almost if 1 <= count <= num_workers)
 
 
-def degree_choices(denoisers: int, videos: Sequence[PlannedVideo], wanted: Wanted) -> list[Wanted]:
+def degree_choices(denoisers: int, videos: Sequence[PlannedVideo], asked: Asked) -> list[Wanted]:
     """Degrees with which so many denoisers can share every video, most promising first; where videos differ, first of
     all each with its own."""
-    first = videos[0]
+    first, wanted = videos[0], asked.degrees
+    can_each = all(can_share(video, wanted, denoisers) for video in videos)
+    if asked.default_degrees:
+        return [wanted] if can_each else []
     rows = legal_configs(denoisers, first.heads, first.uses_guidance, first.cost.latent_tokens)
     common = [
         _wanted(row.config, wanted)
         for row in rows
         if row.is_legal and wanted.admits(row.config) and all(_suits(row.config, wanted, v) for v in videos)
     ]
-    if len(videos) > 1 and all(can_share(video, wanted, denoisers) for video in videos):
+    if len(videos) > 1 and can_each:
         common.insert(0, wanted)
     return common[:_DEGREES_EACH]
 
@@ -199,19 +196,3 @@ def _wanted(config: ParallelConfig, wanted: Wanted) -> Wanted:
 def may_help(videos: Sequence[PlannedVideo], degrees: Wanted, denoise: int) -> bool:
     """Whether decoders can take heads: not of a ring's ranks."""
     return any(video.sharing(degrees, denoise).ring_degree == 1 for video in videos)
-
-
-def degree_refusals(num_workers: int, videos: Sequence[PlannedVideo], wanted: Wanted) -> list[Refusal]:
-    """Combinations of degrees for this many workers that cannot run, by reason."""
-    reasons: dict[str, list[ParallelConfig]] = {}
-    for video in videos:
-        for row in legal_configs(num_workers, video.heads, video.uses_guidance, video.cost.latent_tokens):
-            if not row.is_legal and wanted.admits(row.config):
-                reasons.setdefault(row.reason, []).append(row.config)
-    return [Refusal(what=_counted(dict.fromkeys(configs)), reason=reason) for reason, configs in reasons.items()]
-
-
-def _counted(configs: Iterable[ParallelConfig]) -> str:
-    """The first, and how many others."""
-    first, *others = configs
-    return f"{first.describe()} and {len(others)} more" if others else first.describe()

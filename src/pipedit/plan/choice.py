@@ -80,8 +80,7 @@ def decoders_by_rule(videos: Sequence[PlannedVideo], num_workers: int) -> int:
 
 
 def _refusal(arrangement: Arrangement, videos: Sequence[PlannedVideo], available_bytes: int) -> str | None:
-    needs = rank_needs(arrangement, videos)
-    return memory_refusal(needs, available_bytes, is_offloaded=arrangement.kind.is_offloaded)
+    return memory_refusal(arrangement, rank_needs(arrangement, videos), available_bytes)
 
 
 def _plain_reason(videos: Sequence[PlannedVideo], num_workers: int, *, is_known: bool) -> str:

@@ -8,15 +8,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from pipedit.plan.arrangements import (
-    MOST_TOGETHER,
-    Arrangement,
-    Asked,
-    Kind,
-    Refusal,
-    arrangements,
-    degree_refusals,
-)
+from pipedit.plan.arrangements import Arrangement, Asked, Kind, arrangements
 from pipedit.plan.estimate import DurationsOf, estimate_makespan_s
 from pipedit.plan.memory import Need
 from pipedit.plan.outcome import summarize
@@ -24,7 +16,8 @@ from pipedit.plan.planned_video import PlannedVideo
 from pipedit.plan.pools import Pool, Service
 from pipedit.plan.predict import Predictor
 from pipedit.plan.predicted_durations import PredictedDurations
-from pipedit.plan.rank_memory import RankNeed, memory_refusal, rank_needs
+from pipedit.plan.rank_memory import RankNeed, fits, rank_needs
+from pipedit.plan.refusals import Refusal, find_refusals
 from pipedit.plan.simulator import Arrival, simulate
 
 TIE = 0.01  # what takes no more than this much longer counts as equal
@@ -124,7 +117,7 @@ def make_plan(
     asked = asked or Asked()
     found = list(arrangements(num_workers, videos, asked))
     needs = {arrangement: rank_needs(arrangement, videos) for arrangement in found}
-    fitting = [arrangement for arrangement in found if _fits(arrangement, needs[arrangement], available_bytes)]
+    fitting = [arrangement for arrangement in found if fits(arrangement, needs[arrangement], available_bytes)]
     proposals = [
         Proposal(
             arrangement=arrangement,
@@ -133,17 +126,11 @@ def make_plan(
         )
         for arrangement in _shortlist(fitting, videos, durations_of)
     ]
-    unfit = [arrangement for arrangement in found if arrangement not in set(fitting)]
-    refusals = [
-        *_count_refusals(num_workers, asked),
-        *_memory_refusals(unfit, fitting, needs, available_bytes),
-        *degree_refusals(min(num_workers, MOST_TOGETHER), videos, asked.degrees),
-    ]
     return Plan(
         videos=tuple(videos),
         num_workers=num_workers,
         proposals=tuple(ranked(proposals, tie)),
-        refusals=_merged(refusals),
+        refusals=tuple(find_refusals(num_workers, videos, asked, needs, available_bytes)),
         compared=len(found),
     )
 
@@ -236,74 +223,3 @@ def _shortlist(
     first_of_kind = {kind: split for split in reversed(splits) for kind in split[:1]}
     chosen = dict.fromkeys([*splits[:_SPLITS_SIMULATED], *first_of_kind.values()])
     return [arrangement for split in chosen for arrangement in by_split[split][:_VARIANTS_SIMULATED]]
-
-
-# -- refusals -----------------------------------------------------------------------------------------------------
-
-
-def _fits(arrangement: Arrangement, needs: Sequence[RankNeed], available_bytes: int) -> bool:
-    return memory_refusal(needs, available_bytes, is_offloaded=arrangement.kind.is_offloaded) is None
-
-
-def _count_refusals(num_workers: int, asked: Asked) -> list[Refusal]:
-    """Numbers of workers that are too small or too large for a kind."""
-    if num_workers == 1 and Kind.DISAGGREGATED in asked.kinds:
-        reason = "one worker cannot be divided into a group that denoises and one that decodes; it takes at least 2"
-        return [Refusal(what=Kind.DISAGGREGATED, reason=reason)]
-    if asked.fewer and num_workers > MOST_TOGETHER:
-        reason = f"so many would do little but exchange; several engines of up to {MOST_TOGETHER} do better"
-        return [Refusal(what=f"one engine of more than {MOST_TOGETHER} workers", reason=reason)]
-    return []
-
-
-def _memory_refusals(
-    unfit: Sequence[Arrangement],
-    fitting: Sequence[Arrangement],
-    needs: Mapping[Arrangement, Sequence[RankNeed]],
-    available_bytes: int,
-) -> list[Refusal]:
-    """One for all arrangements of a kind that fail in the same roles, with the figures of the mildest. Those of which
-    some variant fits are not told, and neither are those on fewer workers."""
-
-    def place(arrangement: Arrangement) -> object:
-        return arrangement.kind, arrangement.placement
-
-    some_fit = {place(arrangement) for arrangement in fitting}
-    num_workers = max((arrangement.num_workers for arrangement in unfit), default=0)
-    groups: dict[object, list[Arrangement]] = defaultdict(list)
-    for arrangement in unfit:
-        if arrangement.num_workers == num_workers and place(arrangement) not in some_fit:
-            worst = max(needs[arrangement], key=lambda need: need.needed_bytes)
-            groups[arrangement.kind, arrangement.encoder, worst.roles].append(arrangement)
-    refusals = []
-    for members in groups.values():
-        mildest = min(members, key=lambda arrangement: max(need.needed_bytes for need in needs[arrangement]))
-        offloaded = mildest.kind.is_offloaded
-        reason = memory_refusal(needs[mildest], available_bytes, is_offloaded=offloaded)
-        assert reason is not None
-        if _would_fit_tiled(mildest, needs[mildest], available_bytes):
-            reason += "; tiling the VAE (--vae-use-tiling) would make room"
-        refusals.append(Refusal(what=_named(members), reason=reason))
-    return refusals
-
-
-def _would_fit_tiled(arrangement: Arrangement, needs: Sequence[RankNeed], available_bytes: int) -> bool:
-    tiled = [need.video.tiled for need in needs if need.video.tiled is not None]
-    return len(tiled) == len(needs) and _fits(arrangement, rank_needs(arrangement, tiled), available_bytes)
-
-
-def _merged(refusals: Sequence[Refusal]) -> tuple[Refusal, ...]:
-    """Each reason once."""
-    by_reason: dict[str, list[str]] = {}
-    for refusal in refusals:
-        by_reason.setdefault(refusal.reason, []).append(refusal.what)
-    return tuple(Refusal(what="; ".join(whats), reason=reason) for reason, whats in by_reason.items())
-
-
-def _named(members: Sequence[Arrangement]) -> str:
-    """What the members have in common, such as "disaggregated 7+1, 6+2 (denoisers encode)"."""
-    kind, encoder = members[0].kind, members[0].encoder
-    if encoder is None:
-        return kind
-    splits = dict.fromkeys(f"{len(m.placement.denoisers)}+{len(m.placement.decoders)}" for m in members)
-    return f"{kind} {', '.join(splits)} ({encoder}s encode)"

@@ -40,13 +40,17 @@ def rank_needs(arrangement: Arrangement, videos: Sequence[PlannedVideo]) -> tupl
     return tuple(by_roles[placement.roles(rank)] for rank in placement.world)
 
 
-def memory_refusal(needs: Sequence[RankNeed], available_bytes: int, *, is_offloaded: bool = False) -> str | None:
+def fits(arrangement: Arrangement, needs: Sequence[RankNeed], available_bytes: int) -> bool:
+    return memory_refusal(arrangement, needs, available_bytes) is None
+
+
+def memory_refusal(arrangement: Arrangement, needs: Sequence[RankNeed], available_bytes: int) -> str | None:
     """None where every rank has room, else a sentence about the rank that lacks most."""
     worst = max(needs, key=lambda found: found.needed_bytes)
     if worst.needed_bytes <= available_bytes:
         return None
     held = ", ".join(_PARTS[role] for role in worst.roles)
-    kept = f"the largest of {held}" if is_offloaded and len(worst.roles) > 1 else held
+    kept = f"the largest of {held}" if arrangement.kind.is_offloaded and len(worst.roles) > 1 else held
     return (
         f"{worst.video.title} need about {format_bytes(worst.needed_bytes)} on a worker with {kept} "
         f"({format_bytes(worst.need.weights)} of it weights), {format_bytes(available_bytes)} are there"

@@ -262,11 +262,12 @@ _ROLES = {messages.Encode: Role.ENCODER, messages.Denoise: Role.DENOISER, messag
 def _spans(command: messages.Command, cost: _Cost, start_s: float, first_rank: int) -> Iterator[Span]:
     role = _ROLES[type(command)]
     base = getattr(command, "step", getattr(command, "chunk", 0))
-    first_helper = len(command.ranks) - cost.helpers
+    first_helper, last_s = len(command.ranks) - cost.helpers, start_s + cost.seconds
     for place, rank in enumerate(command.ranks):
         at_s, is_helper = start_s, place >= first_helper
-        for piece in cost.pieces:
-            end_s = at_s + piece.seconds
+        for number, piece in enumerate(cost.pieces, start=1):
+            # Rounded like the command's own end: the next span of the rank must not begin before the last one ends.
+            end_s = last_s if number == len(cost.pieces) else min(at_s + piece.seconds, last_s)
             if not is_helper or piece.what == STEP:
                 yield Span(
                     request_id=command.request_id,

@@ -78,7 +78,7 @@ class _Settling:
     """A worker after whose loading garbage is collected again, without ever looking at what was there before."""
 
     def __init__(self, worker: Servant) -> None:
-        self._worker, self.handle, self.close = worker, worker.handle, worker.close
+        self._worker, self.handle, self.recover, self.close = worker, worker.handle, worker.recover, worker.close
 
     def load(self) -> tuple[Span, ...]:
         spans = self._worker.load()

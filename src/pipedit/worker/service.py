@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipedit.core.errors import PipeditError
-from pipedit.core.messages import Command, Event
+from pipedit.core.messages import Command, CommandFailed, Event
 from pipedit.core.placement import Placement
 from pipedit.core.spans import Span
 from pipedit.worker.failures import command_failed, portable
@@ -78,6 +78,9 @@ class Servant(Protocol):
 
     def handle(self, command: Command) -> Event: ...
 
+    def recover(self) -> None:
+        """After `handle` has raised, and after that was told of: other ranks that wait for this one now fail too."""
+
     def close(self) -> None:
         """Leaves nothing behind: no thread, no connection."""
 
@@ -105,7 +108,10 @@ def serve(link: "Link", build: Build | None = None) -> bool:
             return False
         link.send(Ready(rank=spec.rank, spans=tuple(spans)))
         while not isinstance(command := link.recv(), Stop):
-            link.send(_answer(worker, spec.rank, command))
+            event = _answer(worker, spec.rank, command)
+            link.send(event)
+            if isinstance(event, CommandFailed):
+                worker.recover()  # only now: who fails first is heard first, and not those who fail of it
     return True
 
 

@@ -63,7 +63,8 @@ class _Run:
 
 
 class Worker:
-    """`load` first, then `handle` one command after the other, never two at a time; `close` at the end.
+    """`load` first, then `handle` one command after the other, never two at a time; `recover` after one that
+    has failed; `close` at the end.
 
     With `parallel` the worker shares its denoising with other ranks, with `decode_group` its decoding, where a command
     is for several: all of them get the same one, and a step or a chunk waits for the others. What is made here and
@@ -87,6 +88,7 @@ class Worker:
         self._shelf = shelf or Shelf(rank=rank, device=settings.device)
         self._stages = Stages(adapter, settings, placement.roles(rank))
         self._held: dict[str, _Held] = {}
+        self._broken: ParallelRuntime | ChannelRows | None = None
 
     def load(self) -> tuple[Span, ...]:
         """Loads the stages of the worker's roles; one span for each."""
@@ -103,6 +105,14 @@ class Worker:
             event = self._run(command)
         return dataclasses.replace(event, peak_bytes=peak_bytes(self._settings.device))
 
+    def recover(self) -> None:
+        """After a command has failed, and whoever gave it knows: closes the process groups that it used, so that ranks
+        which wait for this one fail too instead of for ever (on CUDA they wait until they are stopped). The scheduler
+        goes on in a new epoch, for which new ones are made."""
+        broken, self._broken = self._broken, None
+        if broken is not None:
+            broken.reset()
+
     def close(self) -> None:
         """Leaves no thread, no socket and no process group. Can be called twice."""
         self._held.clear()
@@ -117,10 +127,10 @@ class Worker:
             case messages.Encode():
                 return self._run_encode(command)
             case messages.Denoise():
-                with self._leaving_after_failure(command):
+                with self._noting_what_breaks(command):
                     return self._run_denoise(command)
             case messages.Decode():
-                with self._leaving_after_failure(command):
+                with self._noting_what_breaks(command):
                     return self._run_decode(command)
             case messages.Release():
                 return self._run_release(command)
@@ -236,17 +246,13 @@ class Worker:
         return self._decode_group
 
     @contextlib.contextmanager
-    def _leaving_after_failure(self, command: messages.Exchanging) -> Iterator[None]:
-        """Whoever fails closes its process groups, so that ranks which wait for it fail too instead of for ever (on
-        CUDA they wait until they are stopped). The scheduler goes on in a new epoch, for which new ones are made."""
+    def _noting_what_breaks(self, command: messages.Exchanging) -> Iterator[None]:
+        """For `recover`."""
         try:
             yield
         except BaseException:
             if len(command.ranks) > 1:
-                if isinstance(command, messages.Denoise) and self._parallel is not None:
-                    self._parallel.reset()
-                if isinstance(command, messages.Decode) and self._decode_group is not None:
-                    self._decode_group.reset()
+                self._broken = self._parallel if isinstance(command, messages.Denoise) else self._decode_group
             raise
 
     def _fetch(self, run: _Run, role: Role, rank: int, kind: str) -> dict[str, torch.Tensor]:
