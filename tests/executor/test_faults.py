@@ -18,7 +18,7 @@ from pipedit.core.errors import WorkerDiedError
 from tests.executor.stand_ins import FAKE_WORKER
 
 LAYOUT = next(iter(LAYOUTS.values()))  # two denoise, one does all the rest and helps
-REAL = {"denoise_workers": 1, "decode_workers": 1, "encode_on": "decode", "aco": "on"}
+REAL = {"denoise_workers": 1, "decode_workers": 1, "encode_on": "decode"}  # which may help
 
 
 def silent(_text: str) -> None: ...
@@ -37,13 +37,13 @@ def test_a_kill_at_each_stage_is_named_and_costs_one_request_at_most(fake: Subje
     told, used = kills.run_kills(fake, cases, rng, silent)
     assert [problem for one in told for problem in one.problems] == []
     assert len(told) == len(used) - 1 == len(kills.STAGES)
-    assert {"starting", "waiting for work"} < {one.doing for one in told}
+    assert told[kills.STAGES.index(kills.IDLE)].doing == "waiting for work"
 
 
 def test_cancels_touch_no_other_request(fake: Subject) -> None:
-    figures = cancels.run_cancels(fake, 60, random.Random(2), silent)
+    figures = cancels.run_cancels(fake, 40, random.Random(2), silent)
     assert figures["problems"] == []
-    assert figures["cancels"] == 60
+    assert figures["cancels"] == 40
     assert figures["cancelled"] > 10
     assert figures["untouched"] > 10
 
@@ -83,14 +83,10 @@ def test_real_workers() -> None:
     before, rng = Resources.now(), random.Random(5)
     with Subject("tiny", REAL) as subject:
         subject.warm_up()
-        cases = [
-            Case(stage=kills.HELPING, rank=1),
-            Case(stage=kills.HAND_OVER, rank=0),
-            Case(stage="mid chunk", rank=1),
-        ]
+        cases = [Case(stage="mid step", rank=1), Case(stage=kills.HAND_OVER, rank=0)]
         told, _ = kills.run_kills(subject, cases, rng, silent)
         assert [problem for one in told for problem in one.problems] == []
-        figures = cancels.run_cancels(subject, 30, rng, silent)
+        figures = cancels.run_cancels(subject, 12, rng, silent)
         assert figures["problems"] == []
-        assert figures["cancelled"] > 5
+        assert figures["cancelled"] > 2
     assert list(Resources.now().problems(before)) == []

@@ -136,13 +136,13 @@ def _make_executor(
 @contextlib.contextmanager
 def threaded(folder: Path, **settings: Any) -> Iterator[tuple[Engine, ThreadExecutor]]:
     """An engine that has started its workers as threads."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipedit.engine.engine.make_executor", _make_executor)
-        with Engine(folder, device="cpu", **settings) as engine:
+    with Engine(folder, device="cpu", **settings) as engine:
+        with pytest.MonkeyPatch.context() as patch:  # no longer than it takes: other engines have processes
+            patch.setattr("pipedit.engine.engine.make_executor", _make_executor)
             engine.start()
-            executor = engine._executor
-            assert isinstance(executor, ThreadExecutor)
-            yield engine, executor
+        executor = engine._executor
+        assert isinstance(executor, ThreadExecutor)
+        yield engine, executor
 
 
 def held_roles(worker: Worker) -> set[str]:

@@ -71,13 +71,18 @@ class ScheduledRanks:
         self.epochs = dict.fromkeys(placement.world, 0)  # the newest that the rank has heard of
         self.broken = dict.fromkeys(placement.world, -1)  # the epoch in which messages may have been left over
 
+    @property
+    def busy(self) -> dict[int, str]:
+        """For whom ranks are at work. A command keeps all its ranks until the last one has answered."""
+        return {rank: command.request_id for command in self.in_flight.values() for rank in command.ranks}
+
     def keeps(self, rank: int, request_id: str) -> Kept:
         return self.kept.get((rank, request_id), NOTHING)
 
     def take(self, command: messages.Command) -> None:
         assert command.ranks, command
         assert len(set(command.ranks)) == len(command.ranks), command
-        busy = self.in_flight.keys() & set(command.ranks)
+        busy = self.busy.keys() & set(command.ranks)
         assert not busy, f"{busy} are told {command} and still have {self.in_flight}"
         working = [other for other in self.in_flight.values() if other.request_id == command.request_id]
         assert all(isinstance(other, messages.Release) for other in (*working, command)) or not working, (
@@ -312,14 +317,15 @@ def play(
     arrivals: Mapping[str, tuple[float, Work]],
     duration: Duration = lambda _: 1.0,
     *,
+    together: bool = True,
     limit: int = 100_000,
 ) -> list[Sent]:
-    """Runs requests that arrive at these times to their ends, on virtual time. All ranks of a command answer together.
-    Returns the commands in the order of their beginnings."""
+    """Runs requests that arrive at these times to their ends, on virtual time. The ranks of a command answer at the
+    same time: all of them before anything is sent, or not. Returns the commands in the order of their beginnings."""
     ranks = ScheduledRanks(placement, {request_id: work for request_id, (_, work) in arrivals.items()})
     coming = sorted((at_s, number, request_id) for number, (request_id, (at_s, _)) in enumerate(arrivals.items()))
     sent: list[Sent] = []
-    agenda: list[tuple[float, int]] = []  # when the command of this number ends
+    agenda: list[tuple[float, int, int]] = []  # when the command of this number ends on this rank
     now_s = 0.0
     for _ in range(limit):
         while coming and coming[0][0] <= now_s:
@@ -329,15 +335,18 @@ def play(
             ranks.take(command)
             end_s = now_s if isinstance(command, messages.Release) else now_s + duration(command)
             sent.append(Sent(command=command, start_s=now_s, end_s=end_s))
-            heapq.heappush(agenda, (end_s, len(sent) - 1))
+            for rank in command.ranks:
+                heapq.heappush(agenda, (end_s, len(sent) - 1, rank))
         if not agenda and not coming:
             check_rest(scheduler, ranks)
             return sent
-        now_s = min([*(end_s for end_s, _ in agenda[:1]), *(at_s for at_s, _, _ in coming[:1])])
+        now_s = min([*(end_s for end_s, _, _ in agenda[:1]), *(at_s for at_s, _, _ in coming[:1])])
         while agenda and agenda[0][0] <= now_s:
-            done = sent[heapq.heappop(agenda)[1]]
-            for rank in done.command.ranks:
-                scheduler.receive(ranks.finish(rank, seconds(done.command, rank, done.end_s - done.start_s)))
+            _, number, rank = heapq.heappop(agenda)
+            done = sent[number]
+            scheduler.receive(ranks.finish(rank, seconds(done.command, rank, done.end_s - done.start_s)))
+            if not together:
+                break
     raise AssertionError("the scheduler does not come to an end")
 
 

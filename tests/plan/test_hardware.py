@@ -82,6 +82,13 @@ def test_a_cluster_file_may_name_its_parts(tmp_path: Path) -> None:
     assert read_cluster(tmp_path / "mine.json").link == find_link("nvlink4")
 
 
+def test_a_measured_cluster_stands_for_its_device(tmp_path: Path) -> None:
+    measured = make_cluster("cpu", num_devices=2)
+    write_cluster(measured, tmp_path / "mine.json")
+    assert make_cluster(str(tmp_path / "mine.json"), num_devices=2) == measured
+    assert make_cluster(str(tmp_path / "mine.json"), "pcie5").link == find_link("pcie5")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

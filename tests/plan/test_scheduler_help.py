@@ -95,33 +95,47 @@ def test_decoders_with_a_video_do_not_help() -> None:
 
 
 def test_a_helper_finishes_the_step_and_then_decodes() -> None:
-    """The helper has answered; the denoisers are still at the step."""
     rehearsal = Rehearsal(Placement.disaggregated(denoise=1, decode=1, encoder=Role.DENOISER), ALWAYS)
-    work = Work(num_steps=2, num_chunks=1, heads=4)
-    rehearsal.submit(work, "a", "b")
-    rehearsal.ask()
-    rehearsal.finish(0)
-    assert rehearsal.ranks.in_flight.keys() == {0, 1}
-    rehearsal.finish(0, 1)
-    rehearsal.finish(1)
-    sent = rehearsal.finish(0)  # the last step of a
-    assert [(type(c), c.request_id, c.ranks) for c in sent] == [
+    rehearsal.submit(Work(num_steps=2, num_chunks=1, heads=4), "a", "b")
+    rehearsal.go_until(messages.Denoise, "a")
+    (last,) = rehearsal.finish(0, 1)
+    assert last.ranks == (0, 1)
+    assert [(type(c), c.request_id, c.ranks) for c in rehearsal.finish(0, 1)] == [
         (messages.Decode, "a", (1,)),
         (messages.Encode, "b", (0,)),
     ]
     rehearsal.go_to_the_end()
 
 
-def test_a_decoder_between_two_chunks_that_others_share_is_not_idle() -> None:
-    rehearsal = Rehearsal(TWO_AND_TWO, ALWAYS)
-    work = Work(num_steps=1, num_chunks=5, parallel=SHARED, heads=24)
+@pytest.mark.parametrize("first", [(0,), (1,), (2,)])
+def test_nobody_comes_in_between_because_some_ranks_answer_sooner(first: tuple[int, ...]) -> None:
+    """Denoisers and helpers become free together."""
+    placement = Placement.disaggregated(denoise=1, decode=2, encoder=Role.DECODER)
+    rehearsal = Rehearsal(placement, ALWAYS)
+    rehearsal.submit(Work(num_steps=2, num_chunks=1, heads=4), "a", "b")
+    rehearsal.go_until(messages.Denoise, "a")
+    while rehearsal.ranks.in_flight.keys() != {0, 1, 2}:
+        rehearsal.finish_all()
+    (last,) = {id(command): command for command in rehearsal.ranks.in_flight.values()}.values()
+    assert (last.request_id, rehearsal.scheduler.job("b").done) == ("a", 0)
+    assert rehearsal.finish(*first) == []
+    rehearsal.go_to_the_end()
+
+
+def test_a_decoder_that_shares_an_interrupted_video_does_not_help() -> None:
+    placement = Placement.disaggregated(denoise=1, decode=2, encoder=Role.DENOISER)
+    rehearsal = Rehearsal(placement, ALWAYS)
+    work = Work(num_steps=1, num_chunks=5, heads=4)
     rehearsal.submit(work, "a")
-    rehearsal.go_until(messages.Decode, "a")
-    rehearsal.submit(LONG, "b")
+    rehearsal.go_until(messages.Decode, "a")  # by both
+    rehearsal.submit(dataclasses.replace(work, priority=1), "urgent")
+    rehearsal.submit(work, "b")
     rehearsal.ask()
-    rehearsal.finish(2)
-    (step,) = rehearsal.finish(0, 1)  # b is encoded, and rank 3 is still at its part of the chunk
-    assert (step.request_id, step.ranks) == ("b", (0, 1))
+    rehearsal.finish(0)  # encoded
+    rehearsal.finish(0, 1, 2)
+    assert {rank: c.request_id for rank, c in rehearsal.ranks.in_flight.items()} == {0: "b", 1: "urgent"}
+    (step,) = rehearsal.finish(0)
+    assert (step.request_id, step.ranks) == ("b", (0,)), "rank 2 waits, to go on with a"
     rehearsal.go_to_the_end()
 
 

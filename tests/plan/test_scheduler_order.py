@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from pipedit.core import messages
+from pipedit.core.parallel import ParallelConfig
 from pipedit.core.placement import Placement, Role
+from pipedit.plan.aco_gate import AcoMode
 from pipedit.plan.jobs import Phase, Work
 from pipedit.plan.scheduler import Policy, RequestScheduler
 from tests.plan.scheduled_ranks import PLACEMENTS, REQUEST, Rehearsal, Sent, play
@@ -54,17 +56,24 @@ def begins(sent: list[Sent], kind: type[messages.Command]) -> list[str]:
 # -- equals ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["together", "one after the other"])
 @pytest.mark.parametrize("name", PLACEMENTS)
 @pytest.mark.parametrize("duration", [takes(1, 1, 1), takes(1, 5, 1), takes(5, 1, 1), takes(1, 1, 7)])
 def test_equals_are_served_in_the_order_of_their_coming(
-    name: str, duration: Callable[[messages.Command], float]
+    name: str, duration: Callable[[messages.Command], float], together: bool
 ) -> None:
+    """Whether the ranks of a command answer together or not, and with help."""
     placement, names = PLACEMENTS[name], [f"r{i}" for i in range(8)]
-    scheduler = RequestScheduler(placement)
-    sent = play(scheduler, placement, {name: (0.3 * i, LONG) for i, name in enumerate(names)}, duration)
+    scheduler = RequestScheduler(placement, Policy(aco=AcoMode.ON))
+    parallel = ParallelConfig(ulysses_degree=len(placement.denoisers))
+    work = Work(num_steps=3, num_chunks=3, parallel=parallel, heads=24)
+    arrivals = {name: (0.3 * i, work) for i, name in enumerate(names)}
+    sent = play(scheduler, placement, arrivals, duration, together=together)
     for kind in (messages.Encode, messages.Denoise, messages.Decode):
         assert begins(sent, kind) == names
     assert list(ends(sent)) == names
+    steps = [s.command.request_id for s in sent if isinstance(s.command, messages.Denoise)]
+    assert steps == sorted(steps), "no other request comes in between"
     overtaken = {name: scheduler.job(name).overtaken for name in names}
     assert not any(overtaken.values()), f"nobody was overtaken: {overtaken}"
 
@@ -135,7 +144,7 @@ def test_a_request_that_is_alone_is_decoded_by_all_decoders() -> None:
     assert [(c.ranks, c.chunk) for c in decodes] == [((1,), chunk) for chunk in range(4)]
 
 
-def test_a_decoder_between_two_chunks_that_others_share_begins_no_other_video() -> None:
+def test_ranks_that_share_a_chunk_wait_for_each_other() -> None:
     rehearsal = Rehearsal(ONE_AND_TWO)
     rehearsal.submit(LONG, "a")
     rehearsal.go_until(messages.Decode, "a")
@@ -147,6 +156,23 @@ def test_a_decoder_between_two_chunks_that_others_share_begins_no_other_video() 
     assert rehearsal.finish(1) == [], "rank 2 is still at it, then both go on"
     (decode,) = rehearsal.finish(2)
     assert (decode.request_id, decode.ranks) == ("a", (1, 2))
+    rehearsal.go_to_the_end()
+
+
+def test_a_decoder_that_shares_an_interrupted_video_begins_no_other() -> None:
+    """Else its next chunk might wait for one of them or the other for ever."""
+    rehearsal = Rehearsal(ONE_AND_TWO)
+    rehearsal.submit(LONG, "a")
+    rehearsal.go_until(messages.Decode, "a")
+    rehearsal.submit(work(1, 2, priority=1), "urgent")
+    rehearsal.submit(SHORT, "b")
+    rehearsal.ask()
+    rehearsal.finish(0)  # encoded
+    assert [(c.request_id, c.ranks) for c in rehearsal.finish(0, 1, 2)] == [("urgent", (1,)), ("b", (0,))]
+    rehearsal.finish(0)  # encoded
+    rehearsal.finish(0)  # denoised
+    assert rehearsal.phase("b") is Phase.DENOISED
+    assert rehearsal.ranks.in_flight.keys() == {1}, "rank 2 waits for it, to go on with a"
     rehearsal.go_to_the_end()
 
 

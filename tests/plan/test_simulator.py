@@ -172,7 +172,7 @@ def test_nothing_is_lost_and_no_rank_does_two_things(run: dict[str, Any], coming
         assert all(a.end_s <= b.start_s for a, b in itertools.pairwise(sorted(spans, key=lambda s: s.start_s)))
     for number in range(1, len(coming) + 1):
         steps = units[f"request-{number}", "step"]
-        assert sorted(set(steps)) == list(range(run["num_steps"]))
+        assert set(steps) == set(range(run["num_steps"]))
         assert len(steps) == run["num_steps"] * len(run["placement"].denoisers)
         assert set(units[f"request-{number}", "decode"]) == set(range(run["num_chunks"]))
 

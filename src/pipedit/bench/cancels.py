@@ -11,7 +11,7 @@ from pipedit.bench.fault_subject import LEVELS, REQUESTS, Outcome, Resources, Su
 from pipedit.engine.updates import Cancelled, Finished
 
 MOST_AT_A_TIME = 4
-WARM_UP = 0.2  # of the cancels, after which memory shall not grow any more
+SAMPLES = (0.2, 0.6, 1.0)  # of the cancels, when memory is looked at: from the first time on it shall not grow
 GROWTH_BYTES = 32 * 2**20  # what allocators may do; a request's tensors, kept 200 times, would be more
 _SHARE = 0.7  # of the time that a batch takes: later most requests are over
 _NOT_BEGUN = "not begun"
@@ -55,15 +55,12 @@ def run_cancels(subject: Subject, count: int, rng: random.Random, say: Callable[
     """Batches of random requests until `count` of them were told to end. JSON-ready."""
     tally, memory, used = Tally(), [], []
     pids = subject.executor.pids
-    while tally.cancels < count:
-        _batch(subject, count - tally.cancels, rng, tally)
-        if tally.cancels >= WARM_UP * count:
-            memory.append(subject.worker_memory())
-            used.append(Resources.now())
-    last = subject.run(range(len(REQUESTS)))
-    _judge(subject, last, set(), tally)
-    memory.append(subject.worker_memory())
-    used.append(Resources.now())
+    for share in SAMPLES:
+        while tally.cancels < share * count:
+            _batch(subject, count - tally.cancels, rng, tally)
+        _judge(subject, subject.run(range(len(REQUESTS))), set(), tally)
+        memory.append(subject.worker_memory())
+        used.append(Resources.now())
     growth = [after - before for before, after in zip(memory[0], memory[-1], strict=True)]
     ours = used[-1].memory_bytes - used[0].memory_bytes
     tally.problems += used[-1].problems(used[0])
@@ -74,7 +71,7 @@ def run_cancels(subject: Subject, count: int, rng: random.Random, say: Callable[
     say(f"{tally.cancels} cancels in {tally.batches} batches: {'; '.join(tally.problems) or 'all is well'}")
     return {
         **dataclasses.asdict(tally),
-        "worker_memory_bytes": [memory[0], memory[len(memory) // 2], memory[-1]],  # warm, halfway, at the end
+        "worker_memory_bytes": memory,
         "growth_bytes": ours,
     }
 

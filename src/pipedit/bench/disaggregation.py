@@ -27,6 +27,7 @@ from pipedit.core.spans import Span
 from pipedit.engine.engine import Engine
 from pipedit.engine.placing import placement_of, policy_of
 from pipedit.engine.updates import Failed, Finished, Frames
+from pipedit.plan.durations import FETCH, HELP
 from pipedit.plan.jobs import Work
 from pipedit.plan.measured_durations import MeasuredDurations, gap_s
 from pipedit.plan.pools import Pool, Service
@@ -207,20 +208,25 @@ def _figures(streams: Sequence[Stream], bound_s: float, placement: Placement) ->
         "first_video_s": dataclasses.asdict(Spread.of([one.done_s[0] for one in streams])),
         "interval_s": dataclasses.asdict(Spread.of([one.interval_s for one in streams])),
         "share_of_bound": dataclasses.asdict(Spread.of([bound_s / one.interval_s for one in streams])),
+        "share_of_loaded_bound": dataclasses.asdict(Spread.of([max(one.values()) for one in busy])),
         "busy_share": {group: dataclasses.asdict(Spread.of([one[group] for one in busy])) for group in busy[0]},
         "helped_steps": sum(span.what == "help" for span in streams[0].spans),
     }
 
 
 def _busy_share(one: Stream, placement: Placement) -> dict[str, float]:
-    """Share of the steady state, between the first and the last finished video, in which a group's ranks work."""
+    """Share of the steady state, between the first and the last finished video, in which a group's ranks do work of
+    their own; waiting for inputs and helping are not. The larger one is the share of the bound for stages that take as
+    long as they did in this very stream, where groups that work at the same time slow each other down."""
     ends = [span.end_s for span in one.spans]
     until_s = max(ends)
     from_s = until_s - (one.done_s[-1] - one.done_s[0])
     groups = {"denoise": placement.denoisers, "decode": placement.decoders}
     return {
         name: sum(
-            max(min(span.end_s, until_s) - max(span.start_s, from_s), 0.0) for span in one.spans if span.rank in ranks
+            max(min(span.end_s, until_s) - max(span.start_s, from_s), 0.0)
+            for span in one.spans
+            if span.rank in ranks and span.what not in (FETCH, HELP)
         )
         / (len(ranks) * (until_s - from_s))
         for name, ranks in groups.items()

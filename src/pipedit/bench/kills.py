@@ -87,8 +87,7 @@ def cases_of(subject: Subject) -> list[Case]:
         Case(stage=stage, rank=rank)
         for stage in STAGES
         for rank in placement.world
-        if (stage != HAND_OVER or placement.hands_over)
-        and (stage != HELPING or subject.helps)
+        if (stage != HAND_OVER or placement.hands_over) and (stage != HELPING or subject.helps)
     ]
 
 
@@ -148,7 +147,8 @@ def _run(subject: Subject, case: Case, rng: random.Random) -> Outcome:
 def _strike(subject: Subject, case: Case, rng: random.Random, skip: int) -> Strike:
     """At a random time within the stage."""
     if case.stage == LOADING:
-        return Strike(rank=case.rank, delay_s=rng.uniform(0.0, subject.start_s), is_moment=None)
+        # They may load faster than the first time, and shall not be done by then.
+        return Strike(rank=case.rank, delay_s=rng.uniform(0.0, 0.7 * subject.start_s), is_moment=None)
     begins, what = _MOMENTS[case.stage]
     typical_s = subject.typical_s(what) if what else _HAND_OVER_S
     return Strike(

@@ -6,7 +6,7 @@ All ranks measure at the same time, as they compute at the same time: cores, mem
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -185,6 +185,6 @@ def _is_enough(taken: list[float], elapsed_s: float, each_s: float | None) -> bo
     return len(taken) >= _MOST_REPEATS or (len(taken) >= _LEAST_REPEATS and elapsed_s >= each_s)
 
 
-def mean(answers: list[Mapping[str, float]]) -> dict[str, float]:
+def mean(answers: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Of what all ranks measured."""
     return {name: statistics.mean(answer[name] for answer in answers) for name in answers[0]}

@@ -128,7 +128,7 @@ def disaggregation_tables(result: dict[str, Any]) -> list[Table]:
 def _streams_table(name: str, mix: dict[str, Any]) -> Table:
     title = f"{name}: {mix['num_inference_steps']} steps, bound {format_seconds(mix['bound_interval_s'])} a video"
     table = Table(
-        "", "all videos", "a video (min to max)", "of the bound", "speed-up", "predicted", "levels off", title=title,
+        "", "all videos", "a video (min to max)", "of the bound", "loaded", "speed-up", "predicted", "levels off", title=title,
         box=None,
     )  # fmt: skip
     for variant, figures in mix["variants"].items():
@@ -138,6 +138,7 @@ def _streams_table(name: str, mix: dict[str, Any]) -> Table:
             format_seconds(figures["makespan_s"]["median"]),
             f"{each['median']:.3f} s ({each['min']:.3f} to {each['max']:.3f})",
             f"{figures['share_of_bound']['median'] * 100:.0f} %",
+            f"{figures['share_of_loaded_bound']['median'] * 100:.0f} %",
             f"{figures['speedup_over_colocated']['median']:.2f}x",
             f"{predicted['error'] * 100:+.0f} %",
             str(figures["largest_difference"]),

@@ -141,6 +141,11 @@ class Driver:
             self.turn(executor)
         self._forget_unwanted()
 
+    def rest(self, executor: Executor | None) -> None:
+        """Where nothing is under way, lets the workers forget what is over. Whatever is under way makes them do it."""
+        while self.has_workers and not self._is_turning and not self._running and not self._scheduler.is_idle:
+            self.turn(executor)
+
     def _forget_unwanted(self) -> None:
         """Takes back the news of requests that were dropped; those that are still under way will make more."""
         unwanted = set(self._unwanted)

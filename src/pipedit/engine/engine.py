@@ -230,6 +230,7 @@ class Engine:
             elif ids:
                 self._turn()
             else:
+                self._driver.rest(self._executor)
                 return
 
     def timeline(self) -> Timeline:

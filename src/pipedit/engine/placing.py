@@ -93,6 +93,7 @@ def _asked(settings: EngineSettings) -> Asked:
         encoder=None if settings.encode_on is None else _ENCODERS[settings.encode_on],
         aco=aco,
         degrees=settings.wanted,
+        default_degrees=True,  # what requests will be run with
     )
 
 

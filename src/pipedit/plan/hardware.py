@@ -147,14 +147,10 @@ def make_cluster(
     devices_per_node: int = 8,
     node_link: str | Link | None = None,
 ) -> Cluster:
-    """A cluster of known or self-made parts. Without a link, the one that the device usually comes with; the machines'
-    own is InfiniBand unless given."""
-    if isinstance(device, str):
-        content = _content(_DEVICE, device)
-        usual, host = content.get("link"), content.get("node_host_bytes_per_s")
-        found = _make(Device, content, device)
-    else:
-        found, usual, host = device, None, None
+    """A cluster of known or self-made parts. `device`: an object, a name, or a file, also one of `write_cluster`, whose
+    devices and link are taken then. Without a link, the one that the device usually comes with; the machines' own is
+    InfiniBand unless given."""
+    found, usual, host = (device, None, None) if isinstance(device, Device) else _with_link(device)
     link = link or usual
     if link is None:
         raise InvalidRequestError([f"what joins {found.name} devices is not known; give a link: {_listed(_LINK)}"])
@@ -168,6 +164,23 @@ def make_cluster(
         node_link=find_link(node_link) if isinstance(node_link, str) else node_link,
         node_host_bytes_per_s=host,
     )
+
+
+def _with_link(name: str) -> tuple[Device, Link | str | None, float | None]:
+    """A device, what usually joins it to others, and the rate of host memory in its machines."""
+    if name.lower() not in _known(_DEVICE) and _is_cluster_file(Path(name)):
+        measured = read_cluster(Path(name))
+        return measured.device, measured.link, measured.node_host_bytes_per_s
+    content = _content(_DEVICE, name)
+    return _make(Device, content, name), content.get("link"), content.get("node_host_bytes_per_s")
+
+
+def _is_cluster_file(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # whoever reads it as a device will say what is wrong
+    return isinstance(content, dict) and content.get("kind") == _CLUSTER
 
 
 def read_cluster(path: Path) -> Cluster:

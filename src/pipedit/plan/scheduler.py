@@ -5,7 +5,8 @@ decides is a pure function of the order of calls, so every policy can be tested 
 
 Usage: `submit` and `cancel` state wishes, `receive` reports what a rank did; after each, `next_commands` returns what
 to send now. A rank has at most one command in flight, and a request has too. All ranks of a command are free when it
-is given out, so ranks that wait for each other inside a command never do so in different orders.
+is given out, so ranks that wait for each other inside a command never do so in different orders; and they become free
+together, so that no other request comes between two steps because some ranks have answered sooner than others.
 """
 
 import dataclasses
@@ -61,7 +62,7 @@ class RequestScheduler:
         self._under_way: dict[str, Job] = {}
         self._live = 0
         self._submitted = 0
-        self._busy: dict[int, str] = {}  # rank -> request whose command it is running
+        self._busy: dict[int, str] = {}  # rank -> request for which it, or others with it, are at work
         self._to_release: list[messages.Release] = []  # one for each rank
         self._help: dict[str, Help] = {}  # request -> what the gate has chosen for its step in flight
         self._epoch = 0
@@ -86,11 +87,11 @@ class RequestScheduler:
         self._settle(job)
 
     def receive(self, event: messages.Event) -> None:
-        """Takes a rank's report. Group commands count as done when every rank has reported."""
-        if self._busy.get(event.rank) == event.request_id:
-            del self._busy[event.rank]
+        """Takes a rank's report. A command is done, and its ranks are free, when every one of them has reported."""
         job = self._jobs.get(event.request_id)
-        if job is None or isinstance(event, messages.Released) or event.rank not in job.awaited:
+        if job is None or event.rank not in job.awaited:
+            if self._busy.get(event.rank) == event.request_id:  # it has forgotten a request that is over
+                del self._busy[event.rank]
             return
         job.awaited.discard(event.rank)
         job.seconds = max(job.seconds, sum(span.duration_s for span in event.spans))
@@ -298,8 +299,8 @@ class RequestScheduler:
         return sorted((rank for rank in ranks if rank not in self._busy), key=decoding.__contains__)
 
     def _decoding(self) -> dict[int, Job]:
-        """Decoders that have begun a video, and which (of several the one whose turn it is). Between two chunks such a
-        rank is free, but not idle: others who share the chunk may still be at it."""
+        """Decoders that have begun a video, and which (of several the one whose turn it is). Such a rank may be free
+        and yet not idle: one that shares the video with it may have something more urgent to do."""
         begun = sorted((job for job in self._under_way.values() if job.decoders), key=Job.order, reverse=True)
         return {rank: job for job in begun for rank in job.decoders}
 
@@ -336,6 +337,9 @@ class RequestScheduler:
     def _finish_command(self, job: Job) -> None:
         """All its ranks have answered."""
         command, job.in_flight = job.in_flight, None
+        assert command is not None
+        for rank in command.ranks:
+            del self._busy[rank]
         help_ = self._help.pop(job.request_id, None)
         if job.failure is None:
             match command:
