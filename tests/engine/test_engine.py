@@ -47,7 +47,7 @@ def test_without_a_seed_every_video_gets_its_own(simulated: Callable[..., Any]) 
 
 
 def test_updates_tell_every_step_and_frame(simulated: Callable[..., Any]) -> None:
-    engine, _ = simulated()
+    engine, executor = simulated()
     (request,) = engine.prepare([pipedit.VideoRequest(prompt="x", **SETTINGS)])
     request_id = engine.submit(request)
     updates = list(engine.updates())
@@ -60,6 +60,8 @@ def test_updates_tell_every_step_and_frame(simulated: Callable[..., Any]) -> Non
     assert [u.first for u in updates if isinstance(u, Frames)] == [0, 1, 5]
     assert isinstance(updates[-1], Finished)
     assert {u.request_id for u in updates} == {request_id}
+    assert updates[2].spent_s == pytest.approx(0.02), "two steps"
+    assert isinstance(executor.sent[-1], messages.Release), "workers keep nothing while they wait for another request"
 
 
 def test_everything_wrong_is_said_at_once_and_nothing_runs(simulated: Callable[..., Any]) -> None:

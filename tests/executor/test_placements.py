@@ -406,7 +406,7 @@ def test_a_cancelled_request_leaves_the_others_as_they_are(
 
 # -- in processes ---------------------------------------------------------------------------------------------------
 
-FAT_ENCODER_BYTES = 150 * MIB
+FAT_ENCODER_BYTES = 96 * MIB
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipedit.core.errors import InvalidRequestError
+from pipedit.plan.cluster_file import read_cluster_file
 from pipedit.plan.device_profile import DeviceProfile, Rate
 from pipedit.plan.hardware import (
     Cluster,
@@ -161,3 +162,11 @@ def test_a_measured_profile_becomes_a_device() -> None:
     assert isinstance(device, Device)
     with pytest.raises(InvalidRequestError, match="no linear rate"):
         device_of(dataclasses.replace(profile, rates=()))
+
+
+def test_what_profile_writes_serves_as_a_cluster_file(tmp_path: Path) -> None:
+    cluster = make_cluster("cpu", num_devices=2)
+    write_cluster(cluster, tmp_path / "here.json")
+    found = read_cluster_file(tmp_path / "here.json")
+    assert found.cluster() == cluster
+    assert found.replicas == ()

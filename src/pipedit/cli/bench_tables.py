@@ -128,8 +128,8 @@ def disaggregation_tables(result: dict[str, Any]) -> list[Table]:
 def _streams_table(name: str, mix: dict[str, Any]) -> Table:
     title = f"{name}: {mix['num_inference_steps']} steps, bound {format_seconds(mix['bound_interval_s'])} a video"
     table = Table(
-        "", "all videos", "a video (min to max)", "of the bound", "loaded", "speed-up", "predicted", "levels off", title=title,
-        box=None,
+        "", "all videos", "a video (min to max)", "of the bound", "loaded", "speed-up", "predicted", "levels off",
+        title=title, box=None,
     )  # fmt: skip
     for variant, figures in mix["variants"].items():
         each, predicted = figures["interval_s"], figures["predicted"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipedit.core.errors import InvalidRequestError
-from pipedit.plan.hardware import Cluster, make_cluster
+from pipedit.plan.hardware import Cluster, is_measured, make_cluster, read_cluster
 from pipedit.plan.table_file import Column, Row, parse_row
 
 _CLUSTER = {
@@ -77,8 +77,14 @@ class ClusterFile:
 
 
 def read_cluster_file(path: str | os.PathLike[str]) -> ClusterFile:
-    """Raises InvalidRequestError with every problem of the file."""
+    """A file of this form, or one that `pipedit profile` has written (then what runs is to be chosen). Raises
+    InvalidRequestError with every problem of the file."""
     values = _load(Path(path))
+    if is_measured(values):
+        measured = read_cluster(Path(path))
+        return ClusterFile(
+            device=str(path), num_devices=measured.num_devices, devices_per_node=measured.devices_per_node
+        )
     known, problems = parse_row(Row(source=str(path), values=values), _CLUSTER, noun="key", others=["replicas"])
     given_replicas = values.get("replicas", [])
     replicas = []

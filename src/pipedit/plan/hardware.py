@@ -180,7 +180,12 @@ def _is_cluster_file(path: Path) -> bool:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False  # whoever reads it as a device will say what is wrong
-    return isinstance(content, dict) and content.get("kind") == _CLUSTER
+    return isinstance(content, dict) and is_measured(content)
+
+
+def is_measured(content: Mapping[str, Any]) -> bool:
+    """Whether this is the content of a file that `write_cluster` made."""
+    return content.get("kind") == _CLUSTER and "format" in content
 
 
 def read_cluster(path: Path) -> Cluster:
