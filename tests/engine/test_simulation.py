@@ -16,7 +16,7 @@ from pipedit.core.request import VideoRequest
 from pipedit.core.spans import Span
 from pipedit.engine.driver import Driver
 from pipedit.engine.settings import EngineSettings
-from pipedit.engine.simulation import Scenario, asked_of, prepare
+from pipedit.engine.simulation import Scenario, kinds_of, prepare
 from pipedit.executor.simulated import SimulatedExecutor
 from pipedit.plan.aco_gate import AcoMode
 from pipedit.plan.arrangements import Kind
@@ -120,7 +120,7 @@ def test_settings_are_laid_down_and_the_rest_is_planned() -> None:
     ],
 )
 def test_what_settings_mean_to_the_planner(settings: dict[str, Any], kinds: set[Kind]) -> None:
-    assert asked_of(EngineSettings.of(num_workers=8, **settings)).kinds == kinds
+    assert kinds_of(EngineSettings.of(num_workers=8, **settings)) == kinds
 
 
 def test_each_model_has_its_replicas() -> None:

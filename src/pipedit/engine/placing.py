@@ -71,7 +71,8 @@ def settle(
     videos = planned_videos(
         requests or [adapter.complete(VideoRequest(prompt=""))], adapter, precision, tiling=settings.vae_tiling
     )
-    asked = _asked(settings)
+    # With the degrees that requests will be run with.
+    asked = dataclasses.replace(asked_of(settings, _kinds(settings)), default_degrees=True)
     if next(arrangements(settings.num_workers, videos, asked), None) is None:
         asked = dataclasses.replace(asked, aco=(AcoMode.OFF,))  # nobody can help; sharing.help_notes tells why
     choice = choose_placement(
@@ -84,16 +85,16 @@ def settle(
     return _settings_of(choice.arrangement, settings), choice.reason
 
 
-def _asked(settings: EngineSettings) -> Asked:
+def asked_of(settings: EngineSettings, kinds: frozenset[Kind]) -> Asked:
+    """What the settings lay down for the planner; `kinds` are those that may be taken."""
     aco = {AcoMode.AUTO: (AcoMode.OFF, AcoMode.AUTO)}.get(AcoMode(settings.aco), (AcoMode(settings.aco),))
     return Asked(
-        kinds=_kinds(settings),
+        kinds=kinds,
         denoise_workers=settings.denoise_workers,
         decode_workers=settings.decode_workers,
         encoder=None if settings.encode_on is None else _ENCODERS[settings.encode_on],
         aco=aco,
         degrees=settings.wanted,
-        default_degrees=True,  # what requests will be run with
     )
 
 

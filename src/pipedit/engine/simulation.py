@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pipedit.core.errors import CheckpointError, InsufficientMemoryError, InvalidRequestError
-from pipedit.core.placement import Role
 from pipedit.core.request import VideoRequest
+from pipedit.engine.placing import asked_of
 from pipedit.engine.settings import DecodeMode, EngineSettings, Strategy, strategy_problems
 from pipedit.models.by_name import PlannableModel, find_model, is_same_model
 from pipedit.plan.aco_gate import AcoMode
-from pipedit.plan.arrangements import Arrangement, Asked, Kind
+from pipedit.plan.arrangements import Arrangement, Kind
 from pipedit.plan.cluster_file import ClusterFile, ReplicaSpec
 from pipedit.plan.degrees import degree_problems
 from pipedit.plan.estimate import DurationsOf
@@ -27,7 +27,6 @@ from pipedit.plan.simulator import Arrival
 from pipedit.plan.workload import Stream
 
 T = TypeVar("T")
-_ENCODERS = {"denoise": Role.DENOISER, "decode": Role.DECODER}
 _PLANNED_WITH = 64  # requests at most: more of the same mix would not change who should do what
 _MANY_COMMANDS = 200_000  # beyond so many, phases are simulated in a few pieces instead of step by step
 _FEW_PIECES = 3
@@ -233,26 +232,17 @@ def _setting_problems(wish: _Wish, cluster_file: ClusterFile) -> list[str]:
     return problems
 
 
-def asked_of(settings: EngineSettings) -> Asked:
-    """What the settings lay down for the planner."""
+def kinds_of(settings: EngineSettings) -> frozenset[Kind]:
+    """The arrangements that the settings leave open on hardware that is only described."""
     if settings.strategy == Strategy.AUTO:
-        kinds = frozenset(Kind)
-    elif settings.strategy == Strategy.DISAGGREGATED:
-        kinds = frozenset({Kind.DISAGGREGATED})
-    else:
-        is_serial = settings.decode == DecodeMode.SERIAL
-        kinds = frozenset(
-            kind
-            for kind in Kind
-            if kind.is_colocated and kind.is_serial == is_serial and kind.is_offloaded == settings.offload
-        )
-    return Asked(
-        kinds=kinds,
-        denoise_workers=settings.denoise_workers,
-        decode_workers=settings.decode_workers,
-        encoder=None if settings.encode_on is None else _ENCODERS[settings.encode_on],
-        aco=(AcoMode.OFF, AcoMode.AUTO) if settings.aco == AcoMode.AUTO else (AcoMode(settings.aco),),
-        degrees=settings.wanted,
+        return frozenset(Kind)
+    if settings.strategy == Strategy.DISAGGREGATED:
+        return frozenset({Kind.DISAGGREGATED})
+    is_serial = settings.decode == DecodeMode.SERIAL
+    return frozenset(
+        kind
+        for kind in Kind
+        if kind.is_colocated and kind.is_serial == is_serial and kind.is_offloaded == settings.offload
     )
 
 
@@ -263,7 +253,7 @@ def _arrange(wish: _Wish, kinds: Sequence[_Kind], cluster: Cluster, durations_of
         wish.settings.num_workers,
         available_bytes=cluster.device.memory_bytes,
         durations_of=durations_of,
-        asked=asked_of(wish.settings),
+        asked=asked_of(wish.settings, kinds_of(wish.settings)),
     )
     if plan.best is not None:
         return plan.best.arrangement
