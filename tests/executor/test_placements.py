@@ -226,12 +226,12 @@ def test_where_only_the_placement_changes_latents_are_equal_bit_by_bit(
     assert equal(placed(kind, case), placed(kind, like))
 
 
-@pytest.mark.parametrize("kind", ["wan", "hunyuan"])
-@pytest.mark.parametrize("case", ["1+1 off", "serial"])
-def test_where_one_decodes_and_nobody_helps_videos_are_exactly_those_of_one_process(
-    kind: str, case: str, alone: Callable[[str], Outcome], placed: Callable[[str, str], Outcome]
+def test_where_one_denoises_one_decodes_and_nobody_helps_videos_are_exactly_those_of_one_process(
+    alone: Callable[[str], Outcome], placed: Callable[[str, str], Outcome]
 ) -> None:
-    expected, outcome = alone(kind), placed(kind, case)
+    """Of Wan. HunyuanVideo's single-stream layers project text and latents apart where ranks may share the work, and
+    several threads round a matrix of fewer rows otherwise: near, see above."""
+    expected, outcome = alone("wan"), placed("wan", "1+1 off")
     assert equal(outcome, expected)
     assert all(np.array_equal(outcome.frames[name], expected.frames[name]) for name in expected.frames)
 

@@ -15,6 +15,7 @@ import pipedit
 from pipedit.core import messages
 from pipedit.core.errors import InvalidRequestError, WorkerDiedError
 from pipedit.core.parallel import ParallelConfig
+from pipedit.core.units import MIB
 from pipedit.engine.engine import Engine
 from pipedit.engine.updates import Failed, Finished
 from pipedit.executor.local_processes import LocalProcessExecutor
@@ -83,11 +84,16 @@ def test_twenty_requests_leave_memory_and_files_as_they_were(shared: Engine) -> 
 
     small: dict[str, Any] = {**QUICK, "num_inference_steps": 1, "num_frames": 5}
     list(shared.generate(["warm-up"] * 5, **small))
-    files, memory = in_use()
-    list(shared.generate(["again"] * 20, **small))
-    files_after, memory_after = in_use()
-    assert files_after == files
-    assert all(after - before < 8 * 2**20 for before, after in zip(memory, memory_after, strict=True))
+    growth = []
+    for _ in range(3):  # a leak grows in every round, an allocator's pools do not
+        files, memory = in_use()
+        list(shared.generate(["again"] * 20, **small))
+        files_after, memory_after = in_use()
+        assert files_after == files
+        growth.append(max(after - before for before, after in zip(memory, memory_after, strict=True)))
+        if growth[-1] < 4 * MIB:
+            return
+    pytest.fail(f"every round of 20 requests took more memory: {growth} bytes")
 
 
 def test_a_killed_worker_fails_the_request_and_the_next_one_works(shared: Engine) -> None:

