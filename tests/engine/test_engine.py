@@ -47,7 +47,7 @@ def test_without_a_seed_every_video_gets_its_own(simulated: Callable[..., Any]) 
 
 
 def test_updates_tell_every_step_and_frame(simulated: Callable[..., Any]) -> None:
-    engine, executor = simulated()
+    engine, executor = simulated(step_s=0.1)
     (request,) = engine.prepare([pipedit.VideoRequest(prompt="x", **SETTINGS)])
     request_id = engine.submit(request)
     updates = list(engine.updates())
@@ -60,8 +60,28 @@ def test_updates_tell_every_step_and_frame(simulated: Callable[..., Any]) -> Non
     assert [u.first for u in updates if isinstance(u, Frames)] == [0, 1, 5]
     assert isinstance(updates[-1], Finished)
     assert {u.request_id for u in updates} == {request_id}
-    assert updates[2].spent_s == pytest.approx(0.02), "two steps"
+    assert updates[2].spent_s == pytest.approx(0.2), "two steps"
     assert isinstance(executor.sent[-1], messages.Release), "workers keep nothing while they wait for another request"
+
+
+def test_updates_tell_how_far_quick_steps_have_come(simulated: Callable[..., Any]) -> None:
+    """Several of them are done at a time, up to the last one."""
+    engine, executor = simulated(step_s=0.02)
+    many = {**SETTINGS, "num_inference_steps": 9, "num_frames": 25}
+    (request,) = engine.prepare([pipedit.VideoRequest(prompt="x", **many)])
+    engine.submit(request)
+    updates = list(engine.updates())
+    progress = [(u.stage, u.done, u.total) for u in updates if isinstance(u, Progress)]
+    assert progress == [
+        ("encode", 1, 1),
+        *(("denoise", n, 9) for n in (1, 4, 7, 9)),
+        *(("decode", n, 7) for n in (1, 2, 5, 7)),
+    ]
+    spent_s = [u.spent_s for u in updates if isinstance(u, Progress) and u.stage == "denoise"]
+    assert spent_s == pytest.approx([0.02, 0.08, 0.14, 0.18])
+    shown = [u for u in updates if isinstance(u, Frames)]
+    assert [(u.first, len(u.frames)) for u in shown] == [(0, 1), (1, 4), (5, 12), (17, 8)]
+    assert isinstance(executor.sent[-1], messages.Release)
 
 
 def test_everything_wrong_is_said_at_once_and_nothing_runs(simulated: Callable[..., Any]) -> None:

@@ -21,7 +21,7 @@ class Mortal(SimulatedExecutor):
     """`victim` dies, and all others with it, when it is given a `fatal` command; as often as `deaths` says."""
 
     def __init__(self, *, victim: int, fatal: Callable[[Command], bool], deaths: int = 1) -> None:
-        super().__init__(failing=self._may_die)
+        super().__init__(failing=self._may_die, step_s=1.0)  # so long that each step is a command
         self._victim, self._fatal, self._deaths, self.starts = victim, fatal, deaths, 0
 
     def start(self, timeout_s: float) -> Sequence[Span]:

@@ -24,7 +24,7 @@ MakeEngine = Callable[..., tuple[Engine, SimulatedExecutor]]
 @pytest.fixture
 def make_engine(tiny_folder: Callable[[str], Path]) -> MakeEngine:
     def make(kind: str = "wan", **settings: Any) -> tuple[Engine, SimulatedExecutor]:
-        executor = SimulatedExecutor()
+        executor = SimulatedExecutor(step_s=1.0)  # so long that each step is a command
         return Engine(tiny_folder(kind), device="cpu", executor=executor, **settings), executor
 
     return make

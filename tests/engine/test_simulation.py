@@ -25,7 +25,7 @@ from pipedit.plan.durations import FixedDurations
 from pipedit.plan.jobs import Work
 from pipedit.plan.outcome import summarize
 from pipedit.plan.pools import Pool, Service
-from pipedit.plan.scheduler import Policy
+from pipedit.plan.scheduler import Policy, RequestScheduler
 from pipedit.plan.simulator import Arrival, simulate
 from pipedit.plan.workload import Stream, read_workload
 
@@ -63,7 +63,7 @@ def seconds_each(command: messages.Command) -> float:
 
 def driven(placement: Placement, policy: Policy, work: Work, requests: int) -> set[Span]:
     """What the engine's driver records on an executor that takes so long for each command."""
-    driver, executor = Driver(placement, policy), SimulatedExecutor(step_s=seconds_each)
+    driver, executor = Driver(RequestScheduler(placement, policy)), SimulatedExecutor(step_s=seconds_each)
     for number in range(1, requests + 1):
         driver.submit(f"request-{number}", SMALL, work)
     driver.start(executor, 1.0)
@@ -74,13 +74,14 @@ def driven(placement: Placement, policy: Policy, work: Work, requests: int) -> s
     return set(driver.spans)
 
 
+@pytest.mark.parametrize("least_command_s", [0.05, 3.0], ids=["each step a command", "several steps a command"])
 @pytest.mark.parametrize("aco", list(AcoMode))
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_the_simulator_does_what_the_driver_does(placement: Placement, aco: AcoMode) -> None:
+def test_the_simulator_does_what_the_driver_does(placement: Placement, aco: AcoMode, least_command_s: float) -> None:
     """Ranks answer one after the other there, and together here."""
     sharing = ParallelConfig(ulysses_degree=len(placement.denoisers))
     work = Work(num_steps=9, num_chunks=3, parallel=sharing, heads=12, shape="a")
-    policy = Policy(aco=aco)
+    policy = Policy(aco=aco, least_command_s=least_command_s)
     pool = Pool(placement=placement, services={"a": Service(work=work, durations=DURATIONS)}, policy=policy)
     run = simulate([pool], [Arrival(at_s=0.0, kind="a")] * 5, keep_spans=True)
     assert set(run.spans) == driven(placement, policy, work, requests=5)

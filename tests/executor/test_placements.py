@@ -310,7 +310,8 @@ def run_now(folder: Path, case: str) -> Outcome:
 
 # -- requests that come and go --------------------------------------------------------------------------------------
 
-LONG = dict(tiny_pipelines.QUICK_SETTINGS["wan"]) | {"num_inference_steps": 12, "guidance_scale": 1.0, "seed": 5}
+# So many steps that they are several commands, however quick they are.
+LONG = dict(tiny_pipelines.QUICK_SETTINGS["wan"]) | {"num_inference_steps": 30, "guidance_scale": 1.0, "seed": 5}
 SHORT = LONG | {"num_inference_steps": 2, "num_frames": 5, "seed": 6}
 
 
@@ -364,7 +365,7 @@ def test_help_comes_and_goes_within_a_request_because_another_is_decoded(
     assert set(ends.values()) == {Finished}
     (long,) = (request_id for request_id, prompt in prompts.items() if prompt == "long")
     helped = steps_of(pair, long, "help")
-    assert steps_of(pair, long, "step") == set(range(12))
+    assert steps_of(pair, long, "step") == set(range(30))
     assert helped, "nobody has helped once the short one was decoded"
     assert 0 not in helped, "the decoder had the short one to decode"
 

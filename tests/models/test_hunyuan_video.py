@@ -105,7 +105,24 @@ def test_guidance_is_scaled_in_the_model_precision(adapter: HunyuanVideoAdapter)
     precision = dataclasses.replace(adapter.default_precision("cpu"), transformer="bfloat16")
     stage = adapter.load_denoise_stage("cpu", precision)
     state = stage.begin(make_request(adapter, "hunyuan", guidance_scale=6.0), {})
-    assert state.guidance.item() == 6016
+    assert state.course.guidance.item() == 6016
+
+
+def test_timesteps_have_the_type_of_the_latents(adapter: HunyuanVideoAdapter) -> None:
+    """As diffusers gives them: float32 for the noise, then as the noise scheduler returns latents."""
+    stage = adapter.load_denoise_stage(
+        "cpu", dataclasses.replace(adapter.default_precision("cpu"), transformer="bfloat16")
+    )
+    state = stage.begin(
+        make_request(adapter, "hunyuan"), {"prompt": torch.zeros(1, 4, 32), "pooled": torch.zeros(1, 16)}
+    )
+    seen = []
+    for step in range(3):
+        timestep = state.course.inputs(step, 0, state.noisy.latents)["timestep"]
+        seen.append(timestep.dtype)
+        assert timestep.dtype == state.noisy.latents.dtype
+        stage.step(state, step)
+    assert seen == [torch.float32, torch.bfloat16, torch.bfloat16]
 
 
 # -- text ---------------------------------------------------------------------------------------------------------
@@ -190,17 +207,16 @@ def test_trimmed_text_gives_what_padded_and_masked_text_gives(
     request = make_request(adapter, "hunyuan")
     state = denoise_stage.begin(request, text_stage.encode(request))
     embeddings, pooled, mask = pipeline.encode_prompt(PROMPT, max_sequence_length=32)
-    timestep = torch.tensor([700.0])
+    latents, timestep = state.noisy.latents, torch.tensor([700.0])
 
     def reference(keys: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = pipeline.transformer(
-            state.latents, timestep, embeddings, keys, pooled, guidance=state.guidance, return_dict=False
+            latents, timestep, embeddings, keys, pooled, guidance=state.course.guidance, return_dict=False
         )[0]
         return output
 
     with torch.inference_mode():
-        conditioning = (state.conditioning["prompt"], state.conditioning["pooled"])
-        ours = denoise_stage._predict(state.latents, timestep, state.guidance, *conditioning)
+        ours = denoise_stage.transformer(**{**state.course.inputs(0, 0, latents), "timestep": timestep})[0]
         padded, unmasked = reference(mask), reference(torch.ones_like(mask))
     assert (ours - padded).abs().max() < 1e-5 * padded.abs().max()
     assert (ours - unmasked).abs().max() > 1e-2 * padded.abs().max()
@@ -248,6 +264,7 @@ def test_streamed_tiles_equal_the_whole_decode_bit_by_bit(
     stage = load_decode_stage(adapter)
     state = stage.begin(request, latents)
     other = stage.begin(request, latents.flip(2))  # a second video in turns must not disturb the first
+    scaled = state.latents.window(state.latents.held)
     chunks, held = [], []
     for index in range(adapter.num_decode_chunks(request)):
         chunks.append(cast("torch.Tensor", stage.chunk(state, index)))
@@ -257,7 +274,7 @@ def test_streamed_tiles_equal_the_whole_decode_bit_by_bit(
     assert all(chunk.shape[2] > 0 for chunk in chunks)
     stage.vae.use_framewise_decoding = True
     with torch.inference_mode():
-        whole = stage.vae.decode(state.latents).sample
+        whole = stage.vae.decode(scaled).sample
     assert torch.equal(torch.cat(chunks, dim=2), whole)
 
 
@@ -355,7 +372,9 @@ def test_layer_range_loads_only_its_layers(adapter: HunyuanVideoAdapter) -> None
     stage = adapter.load_denoise_stage("cpu", precision, range(1, 3))
     assert isinstance(stage, HunyuanVideoDenoiseStage)
     real = {name for name, p in stage.transformer.named_parameters() if not p.is_meta}
-    assert {".".join(name.split(".")[:2]) for name in real} == {"transformer_blocks.1", "single_transformer_blocks.0"}
+    layers = {".".join(name.split(".")[:2]) for name in real if not name.startswith("time_text_embed.")}
+    assert layers == {"transformer_blocks.1", "single_transformer_blocks.0"}
+    assert "time_text_embed.guidance_embedder.linear_1.weight" in real, "every layer needs it"
 
 
 def test_layer_split_covers_every_parameter_once(
@@ -420,4 +439,4 @@ def test_compiled_layers_are_traced_whole(
     )
     stage.compile_layers()
     stage.step(compiled, 0)
-    assert torch.allclose(plain.latents, compiled.latents, atol=1e-6)
+    assert torch.allclose(stage.latents(plain), stage.latents(compiled), atol=1e-6)

@@ -3,7 +3,6 @@
 Slabs of rows: Wan, exact, so within rounding of float32. Temporal tiles of HunyuanVideo and spatial tiles: bit by bit.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,14 +20,12 @@ from pipedit.models.registry import open_model
 from pipedit.models.tiles import Tiling, deal
 from pipedit.models.wan.slabs import LEAST_ROWS, num_slabs
 from pipedit.parallel.rows import ChannelRows
+from tests.models.decode_stages import load
 from tests.models.parity import joined, make_request
 from tests.parallel.thread_ranks import run_on_threads
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Folder = Callable[[str], Path]
-SMALL_TILES = {
-    f"tile_sample_{kind}_{side}": size for kind, size in (("min", 32), ("stride", 24)) for side in ("height", "width")
-}
 
 
 class WithoutNeighbours(ChannelRows):
@@ -45,31 +42,6 @@ class WithoutOtherKeys(ChannelRows):
     def gather_rows(self, tensor: torch.Tensor, shares: Sequence[int]) -> torch.Tensor:
         above, below = sum(shares[: self.index]), sum(shares[self.index + 1 :])
         return torch.nn.functional.pad(tensor, (0, 0, above, below))
-
-
-@pytest.fixture
-def values_not_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frames as the VAE's own values in float32, before they are rounded to 256 levels."""
-
-    def values(video: torch.Tensor) -> torch.Tensor:
-        return video[0].permute(1, 2, 3, 0).contiguous()
-
-    for family in ("wan", "hunyuan_video"):
-        monkeypatch.setattr(f"pipedit.models.{family}.decode.to_levels", values)
-        monkeypatch.setattr(f"pipedit.models.{family}.decode.to_frames", lambda video: values(video).numpy())
-
-
-@pytest.fixture
-def slabs_of_any_height(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are shared down to a row for each rank, though that would not pay."""
-    monkeypatch.setattr("pipedit.models.wan.slabs.LEAST_ROWS", 1)
-
-
-def load(adapter: ModelAdapter, *, tiling: bool = False, dtype: str = "float32") -> Any:
-    precision = dataclasses.replace(adapter.default_precision("cpu"), vae=dtype)
-    stage: Any = adapter.load_decode_stage("cpu", precision, tiling=tiling)
-    stage.vae.enable_tiling(**SMALL_TILES)  # sets sizes; whether tiles are cut is the stage's own decision
-    return stage
 
 
 def decode(

@@ -120,12 +120,13 @@ def test_tiled_decode_equals_diffusers_tiling(tiny_folder: Callable[[str], Path]
     vae.tile_sample_stride_height = vae.tile_sample_stride_width = 24
     latents = random_latents(adapter, request)
     state = stage.begin(request, latents)
+    whole = state.latents.window(range(3))
     chunks = joined([stage.chunk(state, index) for index in range(3)])
     vae.use_tiling = True
     with torch.inference_mode():
-        video = vae.decode(state.latents).sample
+        video = vae.decode(whole).sample
         vae.use_tiling = False
-        untiled = vae.decode(state.latents).sample
+        untiled = vae.decode(whole).sample
     assert np.array_equal(chunks, to_frames(video))
     assert not np.array_equal(chunks, to_frames(untiled))
 
@@ -166,7 +167,8 @@ def test_the_transformer_is_fed_in_the_precision_asked_for(tiny_folder: Callable
     for layers in (None, range(2, 3)):
         stage = load_denoise(adapter, layers, transformer="bfloat16")
         state = stage.begin(request, {"prompt": torch.zeros(1, 4, 32)})
-        assert (state.conditioning["prompt"].dtype, state.latents.dtype) == (torch.bfloat16, torch.float32)
+        dtypes = state.course.conditioning["prompt"].dtype, state.noisy.latents.dtype
+        assert dtypes == (torch.bfloat16, torch.float32)
 
 
 def test_refuses_pickled_and_mismatched_weights(tmp_path: Path) -> None:

@@ -56,6 +56,16 @@ def seconds(command: messages.Command, rank: int, duration_s: float) -> tuple[Sp
     return (Span(request_id=command.request_id, rank=rank, role="", what="", start_s=0.0, end_s=duration_s),)
 
 
+def size_of(command: messages.Command) -> int:
+    """How many steps or chunks it covers; anything else is one."""
+    match command:
+        case messages.Denoise():
+            return command.num_steps
+        case messages.Decode():
+            return command.num_chunks
+    return 1
+
+
 def helpers_of(command: messages.Command) -> tuple[int, ...]:
     aco = command.aco if isinstance(command, messages.Denoise) else None
     return () if aco is None else tuple(itertools.chain(*aco.helpers))

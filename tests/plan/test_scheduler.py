@@ -1,13 +1,18 @@
 """The life of a request: its commands, its end, what goes wrong on the way, and what ranks are told to forget."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipedit.core import messages
 from pipedit.core.parallel import ParallelConfig
 from pipedit.core.placement import Placement, Role
 from pipedit.plan.jobs import LEGAL_TRANSITIONS, Phase, Work
 from pipedit.plan.scheduler import Policy, RequestScheduler
-from tests.plan.scheduled_ranks import PLACEMENTS, REQUEST, Rehearsal, play
+from tests.plan.scheduled_ranks import PLACEMENTS, REQUEST, Rehearsal, Sent, play, seconds, size_of
 
 SHORT = Work(num_steps=1, num_chunks=1)
 LONG = Work(num_steps=3, num_chunks=2)
@@ -63,6 +68,106 @@ def test_commands_hold_as_many_steps_as_the_policy_says(grain: int, steps: list[
     assert [s.command.num_chunks for s in sent if isinstance(s.command, messages.Decode)] == steps
 
 
+def takes(step_s: float, chunk_s: float) -> Callable[[messages.Command], float]:
+    """Seconds of a command, whose steps and chunks take so long each. The first step also fetches, for a minute, and
+    the first chunk takes next to nothing."""
+
+    def duration_s(command: messages.Command) -> float:
+        match command:
+            case messages.Denoise():
+                return step_s * command.num_steps + (60.0 if command.step == 0 else 0.0)
+            case messages.Decode():
+                return chunk_s * command.num_chunks - (0.99 * chunk_s if command.chunk == 0 else 0.0)
+        return 1.0
+
+    return duration_s
+
+
+def sizes(kind: type[messages.Command], sent: list[Sent], request_id: str = "a") -> list[int]:
+    return [size_of(s.command) for s in sent if isinstance(s.command, kind) and s.command.request_id == request_id]
+
+
+@pytest.mark.parametrize(
+    ("unit_s", "steps"),
+    [
+        (0.03, [1, 1, 2, 2, 2, 2]),  # two take 60 ms
+        (0.024, [1, 1, 3, 3, 2]),
+        (0.001, [1, 1, 8]),
+        (0.051, [1] * 10),
+        (7.0, [1] * 10),
+    ],
+)
+def test_short_steps_and_chunks_share_a_command(unit_s: float, steps: list[int]) -> None:
+    """From the second one on: the first step fetches, and the first chunk of causal decoders is short. A command takes
+    at least 50 ms, and without its last step it would not."""
+    placement, work = Placement.colocated(1), Work(num_steps=10, num_chunks=10)
+    sent = play(RequestScheduler(placement), placement, {"a": (0, work)}, takes(unit_s, unit_s))
+    assert sizes(messages.Denoise, sent) == steps
+    assert sizes(messages.Decode, sent) == steps
+
+
+def test_what_a_command_may_take_is_a_policy() -> None:
+    def steps(**policy: Any) -> list[int]:
+        placement, work = Placement.colocated(1), Work(num_steps=10, num_chunks=1)
+        scheduler = RequestScheduler(placement, Policy(**policy))
+        return sizes(messages.Denoise, play(scheduler, placement, {"a": (0, work)}, takes(0.25, 0.25)))
+
+    assert steps(least_command_s=1.0) == [1, 1, 4, 4]
+    assert steps(least_command_s=0.0) == [1] * 10
+    assert steps(least_command_s=1.0, grain=3) == [3, 3, 4], "the grain is the least"
+    assert steps(least_command_s=0.3, grain=3) == [3, 3, 3, 1]
+    assert steps(least_command_s=1.0, grain=0) == [10]
+
+
+def test_what_was_learnt_holds_for_one_phase_of_one_request() -> None:
+    placement, work = Placement.colocated(1), Work(num_steps=6, num_chunks=6)
+    arrivals = dict.fromkeys("ab", (0, work))
+    sent = play(RequestScheduler(placement), placement, arrivals, takes(0.01, 20.0))
+    assert [sizes(messages.Denoise, sent, request_id) for request_id in "ab"] == [[1, 1, 4]] * 2
+    assert [sizes(messages.Decode, sent, request_id) for request_id in "ab"] == [[1] * 6] * 2
+
+
+def test_the_slowest_rank_says_how_long_a_step_takes() -> None:
+    rehearsal = Rehearsal(Placement.colocated(2))
+    rehearsal.submit(Work(num_steps=10, num_chunks=1), "a")
+    rehearsal.go_until(messages.Denoise, "a")
+    for rank, duration_s in ((0, 0.02), (1, 0.001)):
+        command = rehearsal.ranks.in_flight[rank]
+        rehearsal.scheduler.receive(rehearsal.ranks.finish(rank, seconds(command, rank, duration_s)))
+    (step,) = rehearsal.ask()
+    assert size_of(step) == 3
+    rehearsal.go_to_the_end()
+
+
+def test_steps_that_become_slower_are_commanded_alone_again() -> None:
+    """And where nothing is told of the time, as by workers without spans, every step is."""
+
+    def duration_s(command: messages.Command) -> float:
+        slow = isinstance(command, messages.Denoise) and 3 <= command.step < 9
+        return (1.0 if slow else 0.02) * size_of(command)
+
+    placement, work = Placement.colocated(1), Work(num_steps=14, num_chunks=1)
+    sent = play(RequestScheduler(placement), placement, {"a": (0, work)}, duration_s)
+    assert sizes(messages.Denoise, sent) == [1, 3, 3, 1, 1, 1, 3, 1]
+    sent = play(RequestScheduler(placement), placement, {"a": (0, work)}, lambda _: 0.0)
+    assert sizes(messages.Denoise, sent) == [1] * 14
+
+
+@given(unit_s=st.floats(1e-6, 1.0), least_s=st.floats(0.0, 1.0))
+def test_nobody_waits_longer_for_a_command_than_for_a_step_or_twice_its_least_time(
+    unit_s: float, least_s: float
+) -> None:
+    placement, work = Placement.colocated(1), Work(num_steps=30, num_chunks=30)
+    scheduler = RequestScheduler(placement, Policy(least_command_s=least_s))
+    sent = play(scheduler, placement, {"a": (0, work)}, lambda command: unit_s * size_of(command))
+    for kind in (messages.Denoise, messages.Decode):
+        commands = [s for s in sent if isinstance(s.command, kind)]
+        assert sum(size_of(s.command) for s in commands) == 30
+        took_s = [s.end_s - s.start_s for s in commands]
+        assert max(took_s) <= max(unit_s, 2 * least_s) + 1e-6
+        assert all(seconds >= least_s - 1e-6 for seconds in took_s[2:-1]), "nor is it too short to be worth its way"
+
+
 def test_a_step_is_shared_as_the_request_says() -> None:
     work = Work(num_steps=1, num_chunks=1, parallel=ParallelConfig(ulysses_degree=2))
     placement = Placement.colocated(2)
@@ -108,10 +213,12 @@ def test_the_table_of_transitions_is_closed() -> None:
     assert ends == {Phase.DONE, Phase.CANCELLED, Phase.FAILED}
 
 
-@pytest.mark.parametrize("wrong", [{"encoded_ahead": 0}, {"latents_waiting": 0}, {"patience": 0}, {"attempts": 0}])
-def test_a_policy_with_which_nothing_would_begin_is_refused(wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"encoded_ahead": 0}, {"latents_waiting": 0}, {"patience": 0}, {"attempts": 0}, {"least_command_s": -0.1}]
+)
+def test_a_policy_with_which_nothing_would_begin_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
-        Policy(**wrong)  # type: ignore[arg-type]
+        Policy(**wrong)
 
 
 # -- cancel ----------------------------------------------------------------------------------------------------------

@@ -216,6 +216,25 @@ def test_it_is_decided_where_all_steps_are_one_command_too(gain: float, expected
     assert {choices(steps_of(sent, f"r{number}"))[0] for number in range(TRIAL, TRIAL + 6)} == {expected}
 
 
+@pytest.mark.parametrize("gain", [0.9, 1.1])
+def test_it_is_decided_by_the_step_where_commands_hold_several(gain: float) -> None:
+    """Commands of different lengths are tried; what counts is what each step takes."""
+
+    def duration_s(command: messages.Command) -> float:
+        if not isinstance(command, messages.Denoise):
+            return 0.0
+        has_help = command.aco is not None
+        return 0.02 * (gain if has_help else 1.0) * command.num_steps
+
+    work = dataclasses.replace(LONG, num_steps=100)
+    steps = steps_of(play(RequestScheduler(TWO_AND_TWO), TWO_AND_TWO, {"r0": (0.0, work)}, duration_s), "r0")
+    assert sum(step.num_steps for step in steps) == 100
+    assert {step.num_steps for step in steps[1:-1]} == {3}
+    tried = steps[:TRIAL]
+    assert {step.aco is None for step in tried if step.num_steps == 3} == {True, False}, "with help and without"
+    assert {step.aco is not None for step in steps[TRIAL:]} == {gain < 1}
+
+
 def test_a_step_that_failed_says_nothing() -> None:
     """However soon it did."""
     rehearsal = Rehearsal(TWO_AND_TWO)

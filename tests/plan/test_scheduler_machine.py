@@ -11,7 +11,15 @@ from pipedit.core.placement import Placement, Role
 from pipedit.plan.aco_gate import AcoMode
 from pipedit.plan.jobs import ENDS, Job, Phase, Work
 from pipedit.plan.scheduler import Policy, RequestScheduler
-from tests.plan.scheduled_ranks import PLACEMENTS, REQUEST, ScheduledRanks, check_bounds, check_rest, seconds
+from tests.plan.scheduled_ranks import (
+    PLACEMENTS,
+    REQUEST,
+    ScheduledRanks,
+    check_bounds,
+    check_rest,
+    seconds,
+    size_of,
+)
 
 MAX_REQUESTS = 12
 
@@ -31,6 +39,7 @@ policies = st.builds(
     patience=st.integers(1, 4),
     attempts=st.integers(1, 3),
     grain=st.integers(0, 2),
+    least_command_s=st.sampled_from([0.0, 0.05, 3.0]),
 )
 
 
@@ -91,6 +100,7 @@ class Lives(RuleBasedStateMachine):
         check_rest(self.scheduler, self.ranks)
         self.check_nobody_waits_in_vain()
         self.check_turns(before, commands)
+        self.check_sizes(commands)
 
     @precondition(lambda self: self.ranks.in_flight)
     @rule(data=st.data(), duration_s=st.floats(0, 10))
@@ -99,11 +109,11 @@ class Lives(RuleBasedStateMachine):
         spans = seconds(self.ranks.in_flight[rank], rank, duration_s)
         self.scheduler.receive(self.ranks.finish(rank, spans))
 
-    @rule(times=st.integers(1, 4))
-    def go_on(self, times: int) -> None:
+    @rule(times=st.integers(1, 4), unit_s=st.floats(0, 10))
+    def go_on(self, times: int, unit_s: float) -> None:
         for _ in range(times):
             self.ask()
-            self.finish_everything()
+            self.finish_everything(unit_s)
 
     @precondition(lambda self: self.troubles and self.ranks.in_flight)
     @rule(data=st.data())
@@ -153,9 +163,9 @@ class Lives(RuleBasedStateMachine):
             if job.is_over:
                 self.ended[job.request_id] = job.phase
 
-    def finish_everything(self) -> None:
-        for rank in list(self.ranks.in_flight):
-            self.scheduler.receive(self.ranks.finish(rank))
+    def finish_everything(self, unit_s: float = 0.0) -> None:
+        for rank, command in list(self.ranks.in_flight.items()):
+            self.scheduler.receive(self.ranks.finish(rank, seconds(command, rank, unit_s * size_of(command))))
 
     def check_nobody_waits_in_vain(self) -> None:
         """After everything was given out: whoever waits, waits for ranks or for room."""
@@ -193,6 +203,21 @@ class Lives(RuleBasedStateMachine):
                 assert not any(before[other][1] is phase for other in passed), command
             elif phase is Phase.DENOISED and self.placement.is_disaggregated:
                 assert not any(before[other][1] is phase for other in passed), command
+
+    def check_sizes(self, sent: list[messages.Command]) -> None:
+        """A command covers the grain, and beyond it only what is over soon: without its last unit it would be too
+        short. None is shorter, unless it is the last."""
+        for command in sent:
+            if not isinstance(command, messages.Exchanging):
+                continue
+            job, grain, least_s = self.scheduler.job(command.request_id), self.policy.grain, self.policy.least_command_s
+            total = job.work.num_steps if isinstance(command, messages.Denoise) else job.work.chunks(len(job.decoders))
+            size, left = size_of(command), total - job.done
+            if grain == 0:
+                assert size == left, command
+                continue
+            assert size <= grain or (size - 1) * job.unit_s < least_s, (command, job.unit_s)
+            assert size == left or (size >= grain and (not job.unit_s or size * job.unit_s >= least_s - 1e-9)), command
 
     def teardown(self) -> None:
         """Nothing more goes wrong: then every request comes to its end."""

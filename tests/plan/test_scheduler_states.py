@@ -13,9 +13,19 @@ from pipedit.core.parallel import ParallelConfig
 from pipedit.plan.aco_gate import AcoMode
 from pipedit.plan.jobs import Job, Phase, Work
 from pipedit.plan.scheduler import Policy, RequestScheduler
-from tests.plan.scheduled_ranks import PLACEMENTS, REQUEST, ScheduledRanks, check_bounds, check_rest, helpers_of
+from tests.plan.scheduled_ranks import (
+    PLACEMENTS,
+    REQUEST,
+    ScheduledRanks,
+    check_bounds,
+    check_rest,
+    helpers_of,
+    seconds,
+    size_of,
+)
 
-POLICY = Policy(aco=AcoMode.ON, encoded_ahead=1, latents_waiting=1, patience=2)
+POLICY = Policy(aco=AcoMode.ON, encoded_ahead=1, latents_waiting=1, patience=2, least_command_s=2.0)
+QUICK_S, SLOW_S = 1.0, 4.0  # a step or chunk: two make a command, or one
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -27,6 +37,7 @@ class World:
     coming: list[str]
     troubles: int  # cancels, failures, lost workers
     batch: int  # events that may come together before commands are asked for
+    paces_s: tuple[float, ...] = (0.0,)  # what each step or chunk may have taken; 0: nobody tells
     unseen: int = 0  # events since commands were asked for
 
 
@@ -38,8 +49,9 @@ def moves(world: World) -> Iterator[Move]:
         yield "ask", None
     if world.unseen == world.batch:
         return
-    for rank in sorted(world.ranks.in_flight):
-        yield "finish", rank
+    for rank, command in sorted(world.ranks.in_flight.items()):
+        for pace_s in world.paces_s if isinstance(command, messages.Exchanging) else (0.0,):
+            yield "finish", (rank, pace_s)
     if world.coming:
         yield "submit", world.coming[0]
     if world.troubles:
@@ -69,7 +81,9 @@ def make(world: World, move: Move) -> None:
             if not world.coming:
                 check_rest(scheduler, ranks)
         case "finish":
-            scheduler.receive(ranks.finish(what))
+            rank, pace_s = what
+            command = ranks.in_flight[rank]
+            scheduler.receive(ranks.finish(rank, seconds(command, rank, pace_s * size_of(command))))
         case "submit":
             world.coming.remove(what)
             scheduler.submit(what, REQUEST, ranks.works[what])
@@ -86,8 +100,8 @@ def make(world: World, move: Move) -> None:
 
 # -- states that behave alike are one --------------------------------------------------------------------------------
 
-_NO_MATTER = frozenset("request work works placement _placement _policy seconds".split())  # or always the same
-_ATOMS = frozenset({type(None), str, int, bool, Phase, AcoMode})
+_NO_MATTER = frozenset("request work works placement _placement _policy paces_s".split())  # or always the same
+_ATOMS = frozenset({type(None), str, int, bool, float, Phase, AcoMode})
 
 
 def canonical(value: Any) -> Any:
@@ -102,7 +116,8 @@ def canonical(value: Any) -> Any:
     if kind is list or kind is tuple:
         return tuple([canonical(item) for item in value])
     if isinstance(value, messages.Command):
-        return kind, value.request_id, value.ranks, getattr(value, "step", getattr(value, "chunk", None))
+        unit = getattr(value, "step", getattr(value, "chunk", None))
+        return kind, value.request_id, value.ranks, unit, size_of(value)
     if isinstance(value, messages.CommandFailed):
         return "failed"
     if isinstance(value, Job) and value.is_over:
@@ -115,6 +130,7 @@ class Explored:
     states: int = 0
     phases: set[Phase] = dataclasses.field(default_factory=set)
     helped: bool = False
+    sizes: set[tuple[type[messages.Command], int]] = dataclasses.field(default_factory=set)
 
 
 def explore(start: World) -> Explored:
@@ -141,7 +157,9 @@ def explore(start: World) -> Explored:
                 waiting.append((pickle.dumps(world, -1), (*way, move)))
                 edges.append([])
                 explored.phases.update(job.phase for job in world.scheduler._jobs.values())
-                explored.helped |= any(helpers_of(command) for command in world.ranks.in_flight.values())
+                for command in world.ranks.in_flight.values():
+                    explored.helped |= bool(helpers_of(command))
+                    explored.sizes.add((type(command), size_of(command)))
             edges[number].append(seen[key])
         number += 1
     explored.states = len(seen)
@@ -165,7 +183,15 @@ def is_acyclic(edges: list[list[int]]) -> bool:
     return done == len(edges)
 
 
-def begin(name: str, works: Mapping[str, Work], *, troubles: int = 0, batch: int = 1, at_once: bool = True) -> World:
+def begin(
+    name: str,
+    works: Mapping[str, Work],
+    *,
+    troubles: int = 0,
+    batch: int = 1,
+    at_once: bool = True,
+    paces_s: tuple[float, ...] = (0.0,),
+) -> World:
     """Work for the placement of this name; heads that decoders may take."""
     placement = PLACEMENTS[name]
     parallel = ParallelConfig(ulysses_degree=len(placement.denoisers))
@@ -176,6 +202,7 @@ def begin(name: str, works: Mapping[str, Work], *, troubles: int = 0, batch: int
         coming=list(works),
         troubles=troubles,
         batch=len(works) + 1 if at_once else batch,
+        paces_s=paces_s,
     )
     if at_once:
         for request_id in works:
@@ -188,6 +215,7 @@ def begin(name: str, works: Mapping[str, Work], *, troubles: int = 0, batch: int
 SHORT = Work(num_steps=1, num_chunks=1)
 LONG = Work(num_steps=2, num_chunks=2)
 URGENT = dataclasses.replace(SHORT, priority=1)
+LONGER = Work(num_steps=3, num_chunks=4)  # so long that commands of two and of one are possible
 LARGE = "1 + 2, encodes where it decodes"  # it can come into the most states
 OTHERS = [name for name in PLACEMENTS if name != LARGE]
 
@@ -223,6 +251,25 @@ def test_one_trouble_at_every_point(name: str) -> None:
 @pytest.mark.parametrize("name", ["colocated 2", "1 + 1, encodes where it denoises", "1 + 1, encodes where it decodes"])
 def test_two_troubles_at_all_points(name: str) -> None:
     check_seen(name, explore(begin(name, {"a": SHORT, "b": SHORT}, troubles=2)))
+
+
+SIZES = {(kind, size) for kind in (messages.Denoise, messages.Decode) for size in (1, 2)}
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_commands_of_any_size_in_every_order(name: str) -> None:
+    """Each rank tells of quick or of slow steps, whatever it told before."""
+    explored = explore(begin(name, {"a": LONGER, "b": SHORT}, paces_s=(QUICK_S, SLOW_S)))
+    check_seen(name, explored)
+    assert explored.sizes >= SIZES
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_one_trouble_amid_commands_of_any_size(name: str) -> None:
+    explored = explore(begin(name, {"a": LONGER}, troubles=1, paces_s=(QUICK_S, SLOW_S)))
+    check_seen(name, explored)
+    assert explored.sizes >= SIZES
+    assert {Phase.CANCELLED, Phase.FAILED} <= explored.phases
 
 
 @pytest.mark.slow

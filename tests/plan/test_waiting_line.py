@@ -17,14 +17,15 @@ def make_job(number: int, priority: int = 0, name: str | None = None) -> Job:
     return Job(request_id=name or f"r{number}", request=REQUEST, work=work, number=number)
 
 
-def line_of(*priorities: int, patience: int = 8) -> tuple[WaitingLine, list[Job]]:
-    line, jobs = WaitingLine(patience=patience), [make_job(number, p) for number, p in enumerate(priorities)]
+def line_of(*priorities: int, patience: int = 8) -> tuple[WaitingLine[Job], list[Job]]:
+    line: WaitingLine[Job] = WaitingLine(patience=patience)
+    jobs = [make_job(number, p) for number, p in enumerate(priorities)]
     for job in jobs:
         line.push(job)
     return line, jobs
 
 
-def pop_all(line: WaitingLine) -> list[int]:
+def pop_all(line: WaitingLine[Job]) -> list[int]:
     return [line.pop().number for _ in range(len(line))]
 
 
@@ -113,7 +114,8 @@ def naive_next(waiting: list[Job]) -> Job:
 def test_it_does_what_a_sorted_list_would_do(seed: int, patience: int) -> None:
     """Random comings, goings and returns."""
     rng = random.Random(seed)
-    line, waiting, gone = WaitingLine(patience=patience), list[Job](), list[Job]()
+    line: WaitingLine[Job] = WaitingLine(patience=patience)
+    waiting, gone = list[Job](), list[Job]()
     for number in range(60):
         action = rng.random()
         if action < 0.5 or not waiting:
@@ -151,7 +153,7 @@ def test_nobody_waits_longer_than_patience_allows(arriving: int) -> None:
 def test_a_long_line_is_no_slower() -> None:
     """A hundred thousand wait. Generous: it takes about half a second, and quadratic time would take hours."""
     start = time.monotonic()
-    line = WaitingLine(patience=8)
+    line: WaitingLine[Job] = WaitingLine(patience=8)
     jobs = [make_job(number, number % 3) for number in range(100_000)]
     for job in jobs:
         line.push(job)

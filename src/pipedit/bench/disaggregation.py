@@ -1,8 +1,8 @@
 """`pipedit bench disaggregation`: a stream of prompts on the same workers, arranged in every way, round by round.
 
 Each arrangement is an engine of its own that stays open; the others wait while one works. Beside the measured figures
-stand the bound that the slower group sets (PipeDiT, section 3.2), what the simulator predicts from one calibration
-run, and the largest difference from the videos of one worker.
+stand two bounds that the slower group sets (see pipeline_bound), what the simulator predicts (see stream_prediction),
+and the largest difference from the videos of one worker.
 """
 
 import contextlib
@@ -11,37 +11,34 @@ import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pipedit.bench.environment import environment, load
 from pipedit.bench.network import network
+from pipedit.bench.pipeline_bound import StageTimes, spreads, workers_beside_each_other
 from pipedit.bench.sampling import Spread
+from pipedit.bench.stream_prediction import predict, rounds_used
+from pipedit.bench.streams import Stream, stream, streams_beside_each_other
 from pipedit.core.errors import PipeditError
 from pipedit.core.placement import Placement
 from pipedit.core.request import VideoRequest
-from pipedit.core.spans import Span
 from pipedit.engine.engine import Engine
 from pipedit.engine.placing import placement_of, policy_of
-from pipedit.engine.updates import Failed, Finished, Frames
-from pipedit.plan.durations import FETCH, HELP
+from pipedit.plan.durations import HELP
 from pipedit.plan.jobs import Work
-from pipedit.plan.measured_durations import MeasuredDurations, gap_s
-from pipedit.plan.pools import Pool, Service
-from pipedit.plan.simulator import Arrival, simulate
 
 REFERENCE, COLOCATED = "one worker", "colocated, spread decode"
 APART = ("disaggregated", "disaggregated, aco auto", "disaggregated, aco on")
-_LATER_S = 1e6  # when any stream is over
 _PROMPTS = ("a red circle moves right", "a blue square grows", "a green triangle moves up", "a yellow circle shrinks")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DisaggregationBench:
-    """`steps`: denoising steps of each mix, by its name. `settings`: the other fields of every request."""
+    """`steps`: denoising steps of each mix, by its name. `settings`: the other fields of every request. At least two
+    prompts (else there is no steady state) and two rounds (see stream_prediction)."""
 
     model: str
     settings: dict[str, Any]
@@ -49,10 +46,13 @@ class DisaggregationBench:
     denoise_workers: int = 1
     decode_workers: int = 1
     prompts: int = 10
-    rounds: int = 3
+    rounds: int = 4
     device: str = "cpu"
     dtype: str = "float32"
     only: tuple[str, ...] = ()  # these arrangements, beside one worker; none: all
+
+    def __post_init__(self) -> None:
+        assert self.prompts >= 2 and self.rounds >= 2, self
 
     @property
     def num_workers(self) -> int:
@@ -73,27 +73,30 @@ class DisaggregationBench:
         }
         return {name: found[name] for name in found if not self.only or name in (REFERENCE, COLOCATED, *self.only)}
 
+    def requests(self, steps: int) -> list[VideoRequest]:
+        return [
+            VideoRequest(
+                prompt=_PROMPTS[number % len(_PROMPTS)], seed=number, num_inference_steps=steps, **self.settings
+            )
+            for number in range(self.prompts)
+        ]
+
+    def bound_s(self, times: StageTimes) -> float:
+        return times.bound_s(denoise_workers=self.denoise_workers, decode_workers=self.decode_workers)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stream:
-    """One stream of prompts: when each video was done, in seconds from the first request, and what the ranks did."""
+class _Measured:
+    """What the rounds of a mix brought. `streams` by arrangement, round by round; `alone` and `loaded` are stage times
+    of each round."""
 
-    done_s: tuple[float, ...]
-    spans: tuple[Span, ...]
-    videos: tuple["np.ndarray[Any, np.dtype[np.uint8]]", ...]
-
-    @property
-    def makespan_s(self) -> float:
-        return self.done_s[-1]
-
-    @property
-    def interval_s(self) -> float:
-        """From one video to the next once the pipeline is full."""
-        return (self.done_s[-1] - self.done_s[0]) / (len(self.done_s) - 1)
+    streams: dict[str, list[Stream]]
+    alone: list[StageTimes]
+    loaded: list[StageTimes]
 
 
 def run(bench: DisaggregationBench) -> dict[str, Any]:
-    """JSON-ready figures. Takes prompts x rounds x mixes x 7 videos."""
+    """JSON-ready figures. Takes prompts x (1 + rounds) x mixes x (7 arrangements + as many videos as workers)."""
     before = load()
     return {
         "benchmark": "disaggregation",
@@ -102,6 +105,7 @@ def run(bench: DisaggregationBench) -> dict[str, Any]:
         "workers": {"denoise": bench.denoise_workers, "decode": bench.decode_workers},
         "prompts": bench.prompts,
         "rounds": bench.rounds,
+        "prediction": rounds_used(bench.rounds),
         "load_before": before,
         "mixes": {name: _mix(bench, steps) for name, steps in bench.steps.items()},
         "environment": environment(),
@@ -125,69 +129,56 @@ def run_limited(bench: DisaggregationBench, rates: Sequence[float], *, timeout_s
 
 
 def _mix(bench: DisaggregationBench, steps: int) -> dict[str, Any]:
+    requests = bench.requests(steps)
     with contextlib.ExitStack() as stack:
         engines = {
             name: stack.enter_context(Engine(bench.model, device=bench.device, dtype=bench.dtype, **settings))
             for name, settings in bench.variants().items()
         }
-        requests = [
-            VideoRequest(
-                prompt=_PROMPTS[number % len(_PROMPTS)], seed=number, num_inference_steps=steps, **bench.settings
-            )
-            for number in range(bench.prompts)
-        ]
-        # The first stream warms up, settles what is tried out (head chunks, help), and calibrates the simulator.
-        calibration = {name: stream(engine, requests) for name, engine in engines.items()}
-        streams: dict[str, list[Stream]] = {name: [] for name in engines}
-        for _ in range(bench.rounds):
-            for name, engine in engines.items():
-                streams[name].append(stream(engine, requests))
+        crowd = stack.enter_context(
+            workers_beside_each_other(bench.model, bench.num_workers, device=bench.device, dtype=bench.dtype)
+        )
+        measured = _measure(engines, crowd, requests, rounds=bench.rounds)
         works = {name: _work(engine, requests[0]) for name, engine in engines.items()}
-        placements = {name: placement_of(engine.settings) for name, engine in engines.items()}
         peaks = {name: engine.peak_bytes for name, engine in engines.items()}
-    alone = streams[REFERENCE]
-    stages = {
-        what: statistics.median(_stage_s(one.spans, what) for one in alone) for what in ("encode", "step", "decode")
-    }
-    bound_s = max(stages["step"] / bench.denoise_workers, (stages["decode"] + stages["encode"]) / bench.decode_workers)
+    streams = measured.streams
     return {
         "num_inference_steps": steps,
-        "one_worker_stage_s": stages,
-        "bound_interval_s": bound_s,
+        "one_worker_stage_s": spreads(measured.alone),
+        "bound_interval_s": statistics.median(map(bench.bound_s, measured.alone)),
+        "loaded_stage_s": spreads(measured.loaded),
+        "loaded_bound_interval_s": statistics.median(map(bench.bound_s, measured.loaded)),
         "variants": {
             name: {
-                **_figures(streams[name], bound_s, placements[name]),
+                **_figures(bench, measured, name, placement_of(engine.settings)),
                 "speedup_over_colocated": _ratios(streams[COLOCATED], streams[name]),
-                "predicted": _predicted(engines[name], calibration[name], works[name], streams[name]),
+                "predicted": dataclasses.asdict(
+                    predict(placement_of(engine.settings), policy_of(engine.settings), works[name], streams[name])
+                ),
                 "largest_difference": _difference(streams[name][0], streams[REFERENCE][0]),
                 "peak_bytes": {str(rank): held for rank, held in sorted(peaks[name].items())},
             }
-            for name in engines
+            for name, engine in engines.items()
         },
     }
 
 
-def stream(engine: Engine, requests: Sequence[VideoRequest]) -> Stream:
-    """Hands in all requests at once and waits for all videos. Raises what a request fails with."""
-    prepared = engine.prepare(requests)
-    engine.start()
-    first_span, start_s = len(engine.timeline().spans), time.perf_counter()
-    ids = [engine.submit(request) for request in prepared]
-    frames: dict[str, list[np.ndarray[Any, np.dtype[np.uint8]]]] = {request_id: [] for request_id in ids}
-    done_s = []
-    for update in engine.updates():
-        match update:
-            case Frames():
-                frames[update.request_id].append(update.frames)
-            case Finished():
-                done_s.append(time.perf_counter() - start_s)
-            case Failed():
-                raise update.error
-    return Stream(
-        done_s=tuple(done_s),
-        spans=engine.timeline().spans[first_span:],
-        videos=tuple(np.concatenate(frames[request_id]) for request_id in ids),
-    )
+def _measure(
+    engines: Mapping[str, Engine], crowd: Sequence[Engine], requests: Sequence[VideoRequest], *, rounds: int
+) -> _Measured:
+    """The first stream of each warms up and settles what is tried out (head chunks, help). The crowd's workers are so
+    far apart that one decodes while another denoises, as groups of a pipeline do."""
+    for engine in engines.values():
+        stream(engine, requests)
+    stagger_s = streams_beside_each_other(crowd, requests)[0].interval_s / len(crowd)
+    measured = _Measured(streams={name: [] for name in engines}, alone=[], loaded=[])
+    for _ in range(rounds):
+        for name, engine in engines.items():
+            measured.streams[name].append(stream(engine, requests))
+        together = streams_beside_each_other(crowd, requests, stagger_s=stagger_s)
+        measured.alone.append(StageTimes.alone(measured.streams[REFERENCE][-1]))
+        measured.loaded.append(StageTimes.beside_each_other(together))
+    return measured
 
 
 def _work(engine: Engine, request: VideoRequest) -> Work:
@@ -195,64 +186,34 @@ def _work(engine: Engine, request: VideoRequest) -> Work:
     return engine.work(prepared)
 
 
-def _stage_s(spans: Sequence[Span], what: str) -> float:
-    """Seconds of a stage for one request, where one worker does everything."""
-    requests = {span.request_id for span in spans}
-    return sum(span.duration_s for span in spans if span.what == what) / len(requests)
-
-
-def _figures(streams: Sequence[Stream], bound_s: float, placement: Placement) -> dict[str, Any]:
-    busy = [_busy_share(one, placement) for one in streams]
+def _figures(bench: DisaggregationBench, measured: _Measured, name: str, placement: Placement) -> dict[str, Any]:
+    """Shares of a bound are those of the same round: a machine that drifts drifts for both."""
+    streams = measured.streams[name]
+    intervals_s = [one.interval_s for one in streams]
+    busy = [one.busy_share(placement) for one in streams]
     return {
-        "makespan_s": dataclasses.asdict(Spread.of([one.makespan_s for one in streams])),
-        "first_video_s": dataclasses.asdict(Spread.of([one.done_s[0] for one in streams])),
-        "interval_s": dataclasses.asdict(Spread.of([one.interval_s for one in streams])),
-        "share_of_bound": dataclasses.asdict(Spread.of([bound_s / one.interval_s for one in streams])),
-        "share_of_loaded_bound": dataclasses.asdict(Spread.of([max(one.values()) for one in busy])),
-        "busy_share": {group: dataclasses.asdict(Spread.of([one[group] for one in busy])) for group in busy[0]},
-        "helped_steps": sum(span.what == "help" for span in streams[0].spans),
+        "makespan_s": _spread([one.makespan_s for one in streams]),
+        "first_video_s": _spread([one.done_s[0] for one in streams]),
+        "interval_s": _spread(intervals_s),
+        "share_of_bound": _shares(map(bench.bound_s, measured.alone), intervals_s),
+        "share_of_loaded_bound": _shares(map(bench.bound_s, measured.loaded), intervals_s),
+        "busiest_group_busy_share": _spread([max(one.values()) for one in busy]),
+        "busy_share": {group: _spread([one[group] for one in busy]) for group in busy[0]},
+        "helped_steps": sum(span.what == HELP for span in streams[0].spans),
     }
 
 
-def _busy_share(one: Stream, placement: Placement) -> dict[str, float]:
-    """Share of the steady state, between the first and the last finished video, in which a group's ranks do work of
-    their own; waiting for inputs and helping are not. The larger one is the share of the bound for stages that take as
-    long as they did in this very stream, where groups that work at the same time slow each other down."""
-    ends = [span.end_s for span in one.spans]
-    until_s = max(ends)
-    from_s = until_s - (one.done_s[-1] - one.done_s[0])
-    groups = {"denoise": placement.denoisers, "decode": placement.decoders}
-    return {
-        name: sum(
-            max(min(span.end_s, until_s) - max(span.start_s, from_s), 0.0)
-            for span in one.spans
-            if span.rank in ranks and span.what not in (FETCH, HELP)
-        )
-        / (len(ranks) * (until_s - from_s))
-        for name, ranks in groups.items()
-    }
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return dataclasses.asdict(Spread.of(values))
+
+
+def _shares(bounds_s: Iterable[float], intervals_s: Sequence[float]) -> dict[str, float]:
+    return _spread([bound_s / interval_s for bound_s, interval_s in zip(bounds_s, intervals_s, strict=True)])
 
 
 def _ratios(theirs: Sequence[Stream], ours: Sequence[Stream]) -> dict[str, float]:
     """How many times as fast, by makespan, pair by pair of the same round."""
-    pairs = zip(theirs, ours, strict=True)
-    return dataclasses.asdict(Spread.of([their.makespan_s / our.makespan_s for their, our in pairs]))
-
-
-def _predicted(engine: Engine, calibration: Stream, work: Work, streams: Sequence[Stream]) -> dict[str, float]:
-    durations = MeasuredDurations.of(calibration.spans)
-    pool = Pool(
-        placement=placement_of(engine.settings),
-        services={"it": Service(work=work, durations=durations)},
-        policy=policy_of(engine.settings),
-    )
-    # As in the measured engine, what is tried out (help) is settled by a stream before.
-    count = len(calibration.done_s)
-    arrivals = [Arrival(at_s=at_s, kind="it") for at_s in (0.0, _LATER_S) for _ in range(count)]
-    outcome = simulate([pool], arrivals, round_trip_s=gap_s(calibration.spans))
-    makespan_s = max(life.done_s for life in outcome.lives) - _LATER_S
-    measured_s = statistics.median(one.makespan_s for one in streams)
-    return {"makespan_s": makespan_s, "error": makespan_s / measured_s - 1}
+    return _spread([their.makespan_s / our.makespan_s for their, our in zip(theirs, ours, strict=True)])
 
 
 def _difference(ours: Stream, reference: Stream) -> int:

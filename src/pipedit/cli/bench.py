@@ -240,7 +240,10 @@ def bench_disaggregation(
     denoise_workers: Annotated[int, typer.Option(min=1, help="Workers that denoise where groups are apart.")] = 1,
     decode_workers: Annotated[int, typer.Option(min=1, help="Workers that decode.")] = 1,
     prompts: Annotated[int, typer.Option(min=2, help="Videos of each stream.")] = 10,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
+    rounds: Annotated[
+        int,
+        typer.Option(min=2, help="Interleaved rounds: the simulator learns from the odd ones and predicts the others."),
+    ] = 4,
     rates: Annotated[
         str | None, typer.Option(help="Also with so many Mbit/s between the workers, separated by commas; needs root.")
     ] = None,
@@ -248,7 +251,7 @@ def bench_disaggregation(
     as_json: JsonFlag = False,
     output: Output = None,
 ) -> None:
-    """A stream of prompts on the same workers, arranged in every way, against the bound and the simulator."""
+    """A stream of prompts on the same workers, arranged in every way, against pipeline bounds and the simulator."""
     _check_target(output)
     from pipedit.bench import disaggregation
 
@@ -267,9 +270,7 @@ def bench_disaggregation(
         )
         result = disaggregation.run(plan)
         if rates is not None:
-            limited = dataclasses.replace(
-                plan, only=("disaggregated", "disaggregated, aco auto", "disaggregated, aco on")
-            )
+            limited = dataclasses.replace(plan, only=disaggregation.APART)
             numbers = [number * 1e6 for number in _numbers(float, "--rates", rates)]
             result["limited"] = disaggregation.run_limited(limited, numbers, timeout_s=timeout_s)
     _name_random(result, random_model)

@@ -126,10 +126,11 @@ def disaggregation_tables(result: dict[str, Any]) -> list[Table]:
 
 
 def _streams_table(name: str, mix: dict[str, Any]) -> Table:
-    title = f"{name}: {mix['num_inference_steps']} steps, bound {format_seconds(mix['bound_interval_s'])} a video"
+    bound, loaded = (format_seconds(mix[key]) for key in ("bound_interval_s", "loaded_bound_interval_s"))
     table = Table(
         "", "all videos", "a video (min to max)", "of the bound", "loaded", "speed-up", "predicted", "levels off",
-        title=title, box=None,
+        title=f"{name}: {mix['num_inference_steps']} steps, bound {bound} a video, {loaded} loaded", box=None,
+        caption="loaded: all workers busy; predicted: even rounds, by durations of the odd ones",
     )  # fmt: skip
     for variant, figures in mix["variants"].items():
         each, predicted = figures["interval_s"], figures["predicted"]

@@ -39,7 +39,7 @@ def open_engine(settings: "EngineSettings") -> "Engine":
 
 
 def generate(
-    context: typer.Context,
+    typer_context: typer.Context,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", hidden=True)] = None,
     prompt_file: Annotated[
         str | None,
@@ -125,7 +125,8 @@ def generate(
             "--strategy",
             panel=_RUN,
             metavar="S",
-            help="colocated: every worker does everything; disaggregated: some denoise, others decode meanwhile. "
+            help="colocated: every worker does everything; disaggregated: some denoise, others decode meanwhile; "
+            "dualparal: long videos block by block, each worker with some of the layers. "
             f"{default('auto')}",
         ),
     ] = None,
@@ -166,6 +167,40 @@ def generate(
     ] = None,
     offload: Annotated[
         bool, switch("--offload", panel=_RUN, help="Keep weights in host memory while they are not used: slow, small.")
+    ] = False,
+    block_size: Annotated[
+        int | None,
+        option("--block-size", panel=_RUN, metavar="N", help=f"dualparal: latent frames in a block. {default('8')}"),
+    ] = None,
+    context: Annotated[
+        int | None,
+        option(
+            "--context",
+            panel=_RUN,
+            metavar="N",
+            help=f"dualparal: latent frames of each neighbour that a block sees. {default('half a block')}",
+        ),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        option(
+            "--prefix",
+            panel=_RUN,
+            metavar="P",
+            help=f"dualparal: cache what a block sees of the one before, or rerun it. {default('cache')}",
+        ),
+    ] = None,
+    context_storage: Annotated[
+        str | None,
+        option(
+            "--context-storage",
+            panel=_RUN,
+            metavar="S",
+            help=f"dualparal: where that waits: device, host, or int8, which rounds. {default('device')}",
+        ),
+    ] = None,
+    dualparal_compat: Annotated[
+        bool, switch("--dualparal-compat", panel=_RUN, help="As the released code does it; needs --prefix rerun.")
     ] = False,
     hardware: Annotated[
         str | None,
@@ -231,7 +266,7 @@ def generate(
         return
     from pipedit.cli.order import Order, make_plan
 
-    session = session_of(context)
+    session = session_of(typer_context)
     session.terminal.quiet = quiet
     if not session.terminal.is_live or quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before huggingface_hub is imported and reads it
@@ -263,6 +298,11 @@ def generate(
         "aco": aco,
         "decode": decode,
         "offload": offload or None,
+        "block_size": block_size,
+        "context": context,
+        "prefix": prefix,
+        "context_storage": context_storage,
+        "dualparal_compat": dualparal_compat or None,
         "hardware": hardware,
         "cfg_degree": cfg_degree,
         "ring_degree": ring_degree,

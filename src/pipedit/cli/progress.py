@@ -106,12 +106,11 @@ class LineDisplay(Display):
         self._terminal.say(describe_job(job))
 
     def progress(self, job: Job, update: Progress) -> None:
-        finished = f"{update.stage} {update.done}/{update.total}"
+        finished = f"{update.stage} {update.done}" + ("" if update.total is None else f"/{update.total}")
         if update.done == update.total:
             self._say(job, f"{finished}, took {format_seconds(update.spent_s)}")
         elif self._clock() - self._last_line_s >= _LINE_EVERY_S:
-            left_s = update.spent_s / update.done * (update.total - update.done)
-            self._say(job, f"{finished}, {format_seconds(left_s)} left")
+            self._say(job, f"{finished}, {_left(update)}")
 
     def again(self, job: Job, error: Exception) -> None:
         self._terminal.say(_begins_again(job, error))
@@ -119,6 +118,12 @@ class LineDisplay(Display):
     def _say(self, job: Job, text: str) -> None:
         self._last_line_s = self._clock()
         self._terminal.say(f"[{job.number}/{job.of}] {text}" if job.of > 1 else text)
+
+
+def _left(update: Progress) -> str:
+    if update.total is None:
+        return f"{format_seconds(update.spent_s)} so far"
+    return f"{format_seconds(update.spent_s / update.done * (update.total - update.done))} left"
 
 
 class BarDisplay(Display):
@@ -167,6 +172,7 @@ class BarDisplay(Display):
 
     def progress(self, job: Job, update: Progress) -> None:
         tasks = self._tasks[job.number]
+        self._bars.start_task(tasks[update.stage])  # blocks are decoded while others are denoised
         self._bars.update(tasks[update.stage], completed=update.done, total=update.total)
         if update.done == update.total and update.stage in _FOLLOWING:
             self._bars.start_task(tasks[_FOLLOWING[update.stage]])

@@ -7,6 +7,7 @@ them; decoded frames do, because the controller writes them.
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from pipedit.core.blocks import BlockPlan
 from pipedit.core.parallel import ParallelConfig
 from pipedit.core.request import VideoRequest
 from pipedit.core.spans import Span
@@ -82,8 +83,37 @@ class Decode(Exchanging):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DenoiseBlocks(Exchanging):
+    """Run `count` operations from number `first` on of the list that `blocks` lays down, as one stage of a layer
+    pipeline. Every stage gets such commands for itself, and they wait for each other inside them.
+
+    Before the first one the conditioning is fetched as in Denoise. `decoded`: so many blocks have reached the decoder
+    and need no longer be kept.
+    """
+
+    first: int
+    count: int
+    blocks: BlockPlan
+    conditioning_at: int | None = None
+    decoded: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeBlock(Exchanging):
+    """Fetch the clean latents of block number `block` from the rank `latents_at`, and decode whatever can be decoded
+    now. Blocks come in order."""
+
+    block: int
+    blocks: BlockPlan
+    latents_at: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Release(Command):
-    """Forget everything kept for the request. Legal at any time."""
+    """Forget everything kept for the request. Legal at any time. `failed`: some rank has failed at it, so what is on
+    its way between ranks never comes."""
+
+    failed: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +150,24 @@ class ChunkDecoded(Event):
     that answers for the output, None on the others."""
 
     chunk: int
+    frames: "np.ndarray[Any, np.dtype[np.uint8]] | None" = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlocksDone(Event):
+    """The stage has run `done` operations in all. From the first stage: so many blocks are `finished` in order of time,
+    and their clean latents can be fetched."""
+
+    done: int
+    finished: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockDecoded(Event):
+    """Decoding is done up to and with block number `block`. `frames`: those that are final now, uint8 [F, H, W, 3];
+    None where there are none yet."""
+
+    block: int
     frames: "np.ndarray[Any, np.dtype[np.uint8]] | None" = None
 
 

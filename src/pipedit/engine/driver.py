@@ -7,16 +7,21 @@ of its own requests. Knows nothing of prompts, models or files.
 import collections
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from pipedit.core import messages
 from pipedit.core.errors import PipeditError, WorkerDiedError
-from pipedit.core.placement import Placement
 from pipedit.core.request import VideoRequest
 from pipedit.core.spans import Span
 from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Progress, Restarted, Update
 from pipedit.executor.base import Executor
 from pipedit.plan.jobs import Phase, Work
-from pipedit.plan.scheduler import Policy, RequestScheduler
+from pipedit.plan.scheduling import Scheduler
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    DecodedFrames = np.ndarray[Any, np.dtype[np.uint8]]
 
 RECEIVE_TIMEOUT_S = 5.0
 MAX_SPANS = 200_000  # about 100 MiB; an engine that serves for weeks keeps the newest ones
@@ -39,8 +44,8 @@ class Driver:
     When workers die, the request that one of them worked on fails; the others wait until `start` is called again.
     """
 
-    def __init__(self, placement: Placement, policy: Policy) -> None:
-        self._scheduler = RequestScheduler(placement, policy)
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
         self._running: dict[str, _Running] = {}
         self._news: collections.deque[Update] = collections.deque()
         self._to_cancel: collections.deque[str] = collections.deque()  # filled by any thread, emptied by `turn`
@@ -156,39 +161,36 @@ class Driver:
         self.spans += event.spans
         self.peak_bytes[event.rank] = max(event.peak_bytes, self.peak_bytes.get(event.rank, 0))
         running = self._running.get(event.request_id)
-        command = None if running is None else self._scheduler.job(event.request_id).in_flight
+        speaks = running is not None and self._scheduler.speaks(event)
         self._scheduler.receive(event)
-        if running is None or command is None:
+        if running is None:
             return
-        if event.rank == command.ranks[0]:  # ranks work at the same time: one of them tells how long it took
+        if speaks:  # ranks work at the same time: one of them tells how long it took
             for span in event.spans:
                 running.seconds[span.what] = running.seconds.get(span.what, 0.0) + span.duration_s
             self._progress(event, running.seconds)
-        if isinstance(event, messages.ChunkDecoded) and event.frames is not None:
-            self._hand_out(running, event)
+        if isinstance(event, (messages.ChunkDecoded, messages.BlockDecoded)) and event.frames is not None:
+            self._hand_out(running, event.request_id, event.frames)
 
     def _progress(self, event: messages.Event, seconds: Mapping[str, float]) -> None:
-        job = self._scheduler.job(event.request_id)
-        match event:
-            case messages.Encoded():
-                stage, what, done, total = "encode", "encode", 1, 1
-            case messages.StepDone():
-                stage, what, done, total = "denoise", "step", event.step + 1, job.work.num_steps
-            case messages.ChunkDecoded():
-                stage, what, done, total = "decode", "decode", event.chunk + 1, job.work.chunks(len(job.decoders))
-            case _:
-                return
-        spent_s = seconds.get(what, 0.0)
-        self._news.append(Progress(request_id=event.request_id, stage=stage, done=done, total=total, spent_s=spent_s))
+        if (advance := self._scheduler.advance(event)) is not None:
+            self._news.append(
+                Progress(
+                    request_id=event.request_id,
+                    stage=advance.stage,
+                    done=advance.done,
+                    total=advance.total,
+                    spent_s=seconds.get(advance.what, 0.0),
+                )
+            )
 
-    def _hand_out(self, running: _Running, event: messages.ChunkDecoded) -> None:
+    def _hand_out(self, running: _Running, request_id: str, decoded: "DecodedFrames") -> None:
         """The frames that were not handed out yet: after a new beginning the first ones were."""
-        assert event.frames is not None
         known = max(running.frames_out - running.frames_decoded, 0)
-        running.frames_decoded += len(event.frames)
-        if known < len(event.frames):
-            frames = event.frames[known:]
-            self._news.append(Frames(request_id=event.request_id, first=running.frames_out, frames=frames))
+        running.frames_decoded += len(decoded)
+        if known < len(decoded):
+            frames = decoded[known:]
+            self._news.append(Frames(request_id=request_id, first=running.frames_out, frames=frames))
             running.frames_out += len(frames)
 
     def _note_endings(self) -> None:

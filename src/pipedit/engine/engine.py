@@ -14,16 +14,25 @@ from typing import Any, Self
 
 import numpy as np
 
+from pipedit.core.blocks import Prefix
 from pipedit.core.errors import CancelledError, InvalidRequestError, PipeditError
 from pipedit.core.parallel import AUTO, ParallelConfig
 from pipedit.core.placement import Placement, Role
 from pipedit.core.request import VideoRequest
 from pipedit.core.version import __version__
+from pipedit.engine.blocks import block_metadata, block_plan, stage_cost_of
 from pipedit.engine.driver import Driver
 from pipedit.engine.fitting import check_memory, free_memory
 from pipedit.engine.intake import complete_requests, make_requests, request_problems, with_seed
-from pipedit.engine.placing import describe, placement_of, policy_of, settle
-from pipedit.engine.settings import DecodeMode, EngineSettings, open_adapter, setting_notes, workers_here
+from pipedit.engine.placing import describe, placement_of, scheduler_of, settle
+from pipedit.engine.settings import (
+    DEFAULT_BLOCK_SIZE,
+    DecodeMode,
+    EngineSettings,
+    open_adapter,
+    setting_notes,
+    workers_here,
+)
 from pipedit.engine.sharing import choose_sharing, help_notes
 from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Update
 from pipedit.engine.video import Video
@@ -74,6 +83,11 @@ class Engine:
         aco: str = AcoMode.AUTO,
         decode: str = DecodeMode.SPREAD,
         offload: bool = False,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        context: int | None = None,
+        prefix: str = Prefix.CACHE,
+        context_storage: str = "device",
+        dualparal_compat: bool = False,
         hardware: str | Path | None = None,
         ulysses_degree: int | None = None,
         ring_degree: int | None = None,
@@ -95,6 +109,11 @@ class Engine:
             aco=aco,
             decode=decode,
             offload=offload,
+            block_size=block_size,
+            context=context,
+            prefix=prefix,
+            context_storage=context_storage,
+            dualparal_compat=dualparal_compat,
             hardware=None if hardware is None else str(hardware),
             ulysses_degree=ulysses_degree,
             ring_degree=ring_degree,
@@ -121,7 +140,7 @@ class Engine:
         self._executor, self._closed = executor, False
         self._follows, self._has_followed = self._launch is not None and self._launch.rank > 0, False
         self._placement = Placement.colocated(self.settings.num_workers)
-        self._driver = Driver(self._placement, policy_of(self.settings))
+        self._driver = Driver(scheduler_of(self.settings, self._placement))
         self._is_placed, self.placing = False, ""
         self._ids = (f"request-{number}" for number in itertools.count(1))
         self._free_bytes: dict[str, int] | None = None  # before workers in other processes were loaded
@@ -193,6 +212,7 @@ class Engine:
             heads=self.adapter.heads,
             shape=(layout.latent_tokens, layout.text_tokens, guided),
             priority=priority,
+            blocks=block_plan(request, self.adapter, self.settings),
         )
 
     def cancel(self, request_id: str) -> None:
@@ -251,6 +271,7 @@ class Engine:
                 "num_workers": self.settings.num_workers,
                 "strategy": str(self.settings.strategy),
                 "parallel": dataclasses.asdict(self.sharing(request)),
+                **block_metadata(request, self.adapter, self.settings),
             },
         )
 
@@ -274,6 +295,8 @@ class Engine:
 
     def num_decode_chunks(self, request: VideoRequest) -> int:
         """How many pieces the frames of a prepared request come in, where all decoders share the work."""
+        if (plan := block_plan(request, self.adapter, self.settings)) is not None:
+            return plan.num_blocks or 0
         return self.adapter.num_decode_chunks(request, len(self._placement.decoders))
 
     def sharing(self, request: VideoRequest) -> ParallelConfig:
@@ -304,7 +327,7 @@ class Engine:
             self.settings, self.adapter, requests, self.precision, available_bytes=available
         )
         self._placement, self._is_placed = placement_of(self.settings), True
-        self._driver = Driver(self._placement, policy_of(self.settings))
+        self._driver = Driver(scheduler_of(self.settings, self._placement))
 
     def _collect(self, requests: Sequence[VideoRequest]) -> Iterator[Video]:
         if self._follows:
@@ -386,6 +409,8 @@ class Engine:
             vae_tiling=self.settings.vae_tiling,
             compile_layers=self.settings.compile_layers,
             offload=self.settings.offload,
+            is_blockwise=self.settings.is_blockwise,
+            context_storage=self.settings.context_storage,
         )
         return make_executor(self.adapter, settings, self._placement, self._launch)
 
@@ -401,6 +426,7 @@ class Engine:
             tiling=self.settings.vae_tiling,
             offload=self.settings.offload,
             is_loaded=self._driver.has_workers and self._free_bytes is None,
+            cost_of=stage_cost_of(self.adapter, self.precision, self.settings) if self.settings.is_blockwise else None,
         )
 
     @property

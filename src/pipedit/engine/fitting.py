@@ -3,16 +3,22 @@
 import collections
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from pipedit.core.errors import InsufficientMemoryError
 from pipedit.core.parallel import ParallelConfig
 from pipedit.core.placement import Placement, Role
 from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import ModelAdapter, Precision
+from pipedit.plan.costs import RequestCost
 from pipedit.plan.memory import Need, NeedOf, Room, SizeLadder, memory_problem
 from pipedit.worker.device import available_bytes
 
 Sharing = Callable[[VideoRequest], ParallelConfig]
+
+
+class CostOf(Protocol):
+    def __call__(self, request: VideoRequest, /, *, tiling: bool, decoders: int) -> RequestCost: ...
 
 
 def free_memory(devices: Sequence[str]) -> dict[str, int]:
@@ -37,19 +43,21 @@ def check_memory(
     tiling: bool = False,
     offload: bool = False,
     is_loaded: bool = False,
+    cost_of: CostOf | None = None,
 ) -> None:
     """Raises InsufficientMemoryError, with what would fit, for completed requests that are too large for the devices.
 
     `devices` has one entry for each worker, in order of rank; workers on one device share its memory. `placement` says
     who does what (None: all do everything), `sharing` how the denoisers share a request. `free_bytes`: as `free_memory`
     measured it, else what is free now. `tiling`: the VAE decodes in spatial tiles. `offload`: weights wait in host
-    memory. `is_loaded`: libraries and weights are out of the free memory already.
+    memory. `is_loaded`: libraries and weights are out of the free memory already. `cost_of`: where a worker does not
+    have to hold what the adapter says of a whole request.
     """
     free_bytes = free_bytes or free_memory(devices)
     everybody = placement or Placement.colocated(len(devices))
     rules = adapter.size_rules
     ladder = SizeLadder(frame_step=rules.frame_step, size_multiple=rules.size_multiple)
-    need = functools.partial(_need_of, adapter, precision, offload=offload)
+    need = functools.partial(_need_of, cost_of or functools.partial(_whole_cost, adapter, precision), offload=offload)
     problems: dict[str, None] = {}  # a set in order
     for request in requests:
         shared = sharing(request)
@@ -88,9 +96,14 @@ def _distinct(devices: Sequence[str], placement: Placement) -> list[_Members]:
     return list(found.values())
 
 
+def _whole_cost(
+    adapter: ModelAdapter, precision: Precision, request: VideoRequest, *, tiling: bool, decoders: int
+) -> RequestCost:
+    return adapter.cost(request, precision, tiling=tiling, decoders=decoders)
+
+
 def _need_of(
-    adapter: ModelAdapter,
-    precision: Precision,
+    cost_of: CostOf,
     roles: Sequence[tuple[Role, ...]],
     shared: ParallelConfig,
     placement: Placement,
@@ -102,7 +115,7 @@ def _need_of(
     decoders = 1 if placement.is_disaggregated else len(placement.decoders)
 
     def need(request: VideoRequest) -> Need:
-        cost = adapter.cost(request, precision, tiling=tiling, decoders=decoders)
+        cost = cost_of(request, tiling=tiling, decoders=decoders)
         one = Need.offloaded if offload else Need.of
         return Need.together([one(cost, shared, roles=each) for each in roles])
 

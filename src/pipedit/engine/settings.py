@@ -5,6 +5,7 @@ import enum
 import math
 from typing import Any
 
+from pipedit.core.blocks import BlockPlan, Prefix, Storage
 from pipedit.core.errors import InvalidRequestError
 from pipedit.core.parallel import AUTO
 from pipedit.engine.hardware import hardware_problems
@@ -16,6 +17,8 @@ from pipedit.plan.degrees import Wanted, degree_problems
 from pipedit.worker.device import device_problems, resolve_device, worker_problems
 from pipedit.worker.machine import usable_cores
 
+DEFAULT_BLOCK_SIZE = 8  # latent frames
+
 
 def default_num_workers() -> int:
     """As many as a launcher has started, else one. Raises InvalidRequestError where its variables make no sense."""
@@ -24,11 +27,12 @@ def default_num_workers() -> int:
 
 
 class Strategy(enum.StrEnum):
-    """AUTO: chosen for the first requests and kept."""
+    """AUTO: chosen for the first requests and kept. DUALPARAL is never chosen: it makes another video."""
 
     AUTO = "auto"
     COLOCATED = "colocated"
     DISAGGREGATED = "disaggregated"
+    DUALPARAL = "dualparal"
 
 
 class DecodeMode(enum.StrEnum):
@@ -48,6 +52,11 @@ class EngineSettings:
     multiply to the workers that denoise; None: chosen for each request. `pipesp_chunks`: a number, or "auto" (see
     ParallelConfig). `offload`: weights stay in host memory and come to the device for their stage. `hardware`: what
     "auto" predicts with, a file that `pipedit profile` has written; without it nothing is predicted.
+
+    "dualparal" makes long videos block by block, on `denoise_workers` stages of layers; the last one decodes too,
+    unless `decode_workers` is 1. Only there, and another video for every value: `block_size` and `context` (of either
+    neighbour; None: half a block) in latent frames, `prefix` ("cache" or "rerun", see core.blocks),
+    `context_storage` ("device", "host", or "int8", which rounds), `dualparal_compat` (the released code's conventions).
     """
 
     model: str = EMBEDDED
@@ -59,6 +68,11 @@ class EngineSettings:
     aco: str = AcoMode.AUTO
     decode: str = DecodeMode.SPREAD
     offload: bool = False
+    block_size: int = DEFAULT_BLOCK_SIZE
+    context: int | None = None
+    prefix: str = Prefix.CACHE
+    context_storage: str = Storage.DEVICE
+    dualparal_compat: bool = False
     hardware: str | None = None
     ulysses_degree: int | None = None
     ring_degree: int | None = None
@@ -80,6 +94,9 @@ class EngineSettings:
         settings = cls(**given)
         if settings.strategy == Strategy.AUTO and settings._for_two_groups:
             settings = dataclasses.replace(settings, strategy=Strategy.DISAGGREGATED)
+        if settings.is_blockwise and denoise is None:
+            stages = (_whole(settings.num_workers) or 1) - (decode or 0)
+            return dataclasses.replace(settings, denoise_workers=max(stages, 1))
         if settings.strategy != Strategy.DISAGGREGATED:
             return settings
         workers = _whole(settings.num_workers) or 0
@@ -99,9 +116,21 @@ class EngineSettings:
         )
 
     @property
+    def context_latents(self) -> int:
+        """Latent frames of either neighbour that a block sees."""
+        if self.context is None and (size := _whole(self.block_size)) is not None:
+            return size // 2
+        return self.context  # type: ignore[return-value]
+
+    @property
+    def is_blockwise(self) -> bool:
+        """Whether videos are made block by block, on stages of layers."""
+        return self.strategy == Strategy.DUALPARAL
+
+    @property
     def is_placed(self) -> bool:
         """Whether it is known who does what."""
-        return self.strategy == Strategy.COLOCATED or (
+        return self.strategy in (Strategy.COLOCATED, Strategy.DUALPARAL) or (
             self.strategy == Strategy.DISAGGREGATED and self.denoise_workers is not None and self.encode_on is not None
         )
 
@@ -120,6 +149,8 @@ class EngineSettings:
         self, heads: int | None = None, uses_guidance: bool | None = None, tokens: int | None = None
     ) -> list[str]:
         """Why the degrees cannot run on those who denoise; see plan.degrees."""
+        if self.is_blockwise:
+            return []  # see _stage_problems
         setting = "denoise_workers" if self.strategy == Strategy.DISAGGREGATED else "num_workers"
         return degree_problems(self.wanted, self.num_denoisers, heads, uses_guidance, tokens, setting=setting)
 
@@ -148,9 +179,19 @@ def setting_problems(settings: EngineSettings, adapter: ModelAdapter | None = No
     problems = device_problems(device, settings.dtype)
     heads = None if adapter is None else adapter.heads
     wrong_sharing = strategy_problems(settings) or settings.degree_problems(heads)
+    if not wrong_sharing and settings.is_blockwise and adapter is not None:
+        wrong_sharing = _depth_problems(settings, adapter)
     if not problems and not wrong_sharing:
         problems += worker_problems(settings.device, workers_here(settings))
     return [*problems, *wrong_sharing, *hardware_problems(settings.hardware)]
+
+
+def _depth_problems(settings: EngineSettings, adapter: ModelAdapter) -> list[str]:
+    try:
+        adapter.layer_split().ranges(settings.num_denoisers)
+    except InvalidRequestError as error:
+        return list(error.problems)
+    return []
 
 
 def strategy_problems(settings: EngineSettings) -> list[str]:
@@ -167,7 +208,46 @@ def strategy_problems(settings: EngineSettings) -> list[str]:
     ]
     if problems:
         return problems
+    if settings.is_blockwise:
+        return _stage_problems(settings)
     return _count_problems(settings) + _combination_problems(settings)
+
+
+def _stage_problems(settings: EngineSettings) -> list[str]:
+    """What is wrong with the stages and blocks of dualparal."""
+    stages, decode, workers = settings.denoise_workers, settings.decode_workers, settings.num_workers
+    problems = degree_problems(Wanted(), workers)
+    problems += [
+        f"{name} needs another strategy than dualparal"
+        for name, is_given in (
+            ("offload", settings.offload),
+            ("aco='on'", settings.aco == AcoMode.ON),
+            ("decode='serial'", settings.decode != DecodeMode.SPREAD),
+            *((name, degree != 1) for name, degree in settings.wanted.given.items()),
+        )
+        if is_given
+    ]
+    if decode not in (None, 1):
+        problems.append(f"decode_workers={decode!r}: in dualparal one worker decodes; use 1, or leave it out")
+    elif not problems and (stages or 0) + (decode or 0) != workers:
+        problems.append(
+            f"denoise_workers={stages}{'' if decode is None else ' and decode_workers=1'} do not make {workers} workers"
+        )
+    if settings.context_storage not in [*Storage]:
+        problems.append(f"context_storage={settings.context_storage!r} is unknown; use {', '.join(Storage)}")
+    return [*problems, *_block_plan_problems(settings)]
+
+
+def _block_plan_problems(settings: EngineSettings) -> list[str]:
+    plan = BlockPlan(
+        latents=None,
+        block_latents=settings.block_size,
+        context_latents=settings.context_latents,
+        num_steps=1,
+        prefix=settings.prefix,  # type: ignore[arg-type]
+        compat=settings.dualparal_compat,
+    )
+    return plan.problems()
 
 
 def _count_problems(settings: EngineSettings) -> list[str]:

@@ -13,7 +13,9 @@ from pipedit.plan.degrees import choose
 
 def choose_sharing(request: VideoRequest, adapter: ModelAdapter, settings: EngineSettings) -> ParallelConfig:
     """For a completed request without problems. Requests of one engine may differ: those without guidance leave
-    nothing for a second CFG group to do."""
+    nothing for a second CFG group to do. Stages of layers have nothing to share."""
+    if settings.is_blockwise:
+        return ParallelConfig()
     return choose(
         settings.wanted,
         settings.num_denoisers,

@@ -16,12 +16,12 @@ class Update:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress(Update):
-    """`done` of `total` units of a stage ("encode", "denoise", "decode") are finished. `spent_s`: the time that these
-    took, without the waiting between them."""
+    """`done` of `total` units of a stage ("encode", "denoise", "decode") are finished; in an endless video nobody knows
+    the total. `spent_s`: the time that these took, without the waiting between them."""
 
     stage: str
     done: int
-    total: int
+    total: int | None
     spent_s: float = 0.0
 
 

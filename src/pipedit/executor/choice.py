@@ -5,6 +5,7 @@ from pipedit.executor.base import Executor
 from pipedit.executor.launched import Launch, LaunchedExecutor
 from pipedit.executor.local_processes import LocalProcessExecutor
 from pipedit.models.adapter import ModelAdapter
+from pipedit.worker.service import WorkerSpec, make_worker
 from pipedit.worker.settings import WorkerSettings
 
 
@@ -18,6 +19,6 @@ def make_executor(
     if len(placement.world) > 1:
         return LocalProcessExecutor(model=model, settings=settings, placement=placement)
     from pipedit.executor.in_process import InProcessExecutor
-    from pipedit.worker.worker import Worker
 
-    return InProcessExecutor(Worker(adapter, settings))
+    spec = WorkerSpec(model=model, settings=settings, rank=0, placement=placement, key=b"")
+    return InProcessExecutor(make_worker(adapter, spec))

@@ -7,7 +7,7 @@ from pipedit.core.errors import CancelledError
 from pipedit.core.messages import Command, Event
 from pipedit.core.spans import Span
 from pipedit.worker.failures import command_failed
-from pipedit.worker.worker import Worker
+from pipedit.worker.service import Servant
 
 _RANK = 0
 
@@ -15,8 +15,8 @@ _RANK = 0
 class InProcessExecutor:
     """Runs one waiting command each time `receive` is called. Nothing happens in the background."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker: Worker | None = worker
+    def __init__(self, worker: Servant) -> None:
+        self._worker: Servant | None = worker
         self._waiting: collections.deque[Command] = collections.deque()
         self._interrupted: collections.deque[Event] = collections.deque()
 

@@ -1,4 +1,4 @@
-"""What a model family declares, and the three stages it can load. Strategies use these words and no model's name.
+"""What a model family declares, and the stages it can load. Strategies use these words and no model's name.
 
 An adapter is made from a checkpoint's config files alone, without torch, so that input can be checked and costs
 predicted before anything heavy is imported. The stages hold weights and are loaded where they run.
@@ -13,8 +13,10 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from pipedit.core.errors import CheckpointError
+from pipedit.core.errors import CheckpointError, InvalidRequestError
 from pipedit.core.request import RequestDefaults, VideoRequest
+from pipedit.core.rotation import TemporalRotation
+from pipedit.core.shares import ranges, split_evenly
 from pipedit.models.checkpoint import Checkpoint
 from pipedit.models.config_needs import ConfigNeeds, config_problems
 from pipedit.models.noise_schedulers import scheduler_problem
@@ -88,20 +90,43 @@ class TokenLayout:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSplit:
-    """How a transformer falls into front / layers / back, as prefixes of parameter names inside it."""
+    """How a transformer falls into front / layers / back, as prefixes of parameter names inside it.
+
+    `everywhere` is computed before the layers too, but its results go into each of them (the time, a text that is
+    cross-attended), so every rank has it.
+    """
 
     front: tuple[str, ...]
     layers: tuple[str, ...]  # one prefix a layer, in order of execution
     back: tuple[str, ...]
+    everywhere: tuple[str, ...] = ()
 
     def wanted(self, layers: range | None) -> tuple[str, ...]:
         """Prefixes that a rank with these layers needs. The first range brings the front, the last one the back."""
         if layers is None:
-            return (*self.front, *self.layers, *self.back)
+            layers = range(len(self.layers))
+        front = self.front if self.has_front(layers) else ()
+        back = self.back if self.has_back(layers) else ()
+        return (*front, *self.everywhere, *self.layers[layers.start : layers.stop], *back)
+
+    def has_front(self, layers: range) -> bool:
+        return self._legal(layers).start == 0
+
+    def has_back(self, layers: range) -> bool:
+        return self._legal(layers).stop == len(self.layers)
+
+    def ranges(self, stages: int) -> tuple[range, ...]:
+        """Layers of each of so many stages: counts differ by at most one, larger ones first. Raises
+        InvalidRequestError if a stage would have none."""
+        if stages > len(self.layers):
+            raise InvalidRequestError(
+                [f"{stages} stages cannot share {len(self.layers)} layers; take {len(self.layers)} stages or fewer"]
+            )
+        return tuple(range(part.start, part.stop) for part in ranges(split_evenly(len(self.layers), stages)))
+
+    def _legal(self, layers: range) -> range:
         assert layers.step == 1 and 0 <= layers.start < layers.stop <= len(self.layers), layers
-        front = self.front if layers.start == 0 else ()
-        back = self.back if layers.stop == len(self.layers) else ()
-        return (*front, *self.layers[layers.start : layers.stop], *back)
+        return layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,8 +214,78 @@ class DenoiseStage(Protocol):
         """The latents [1, C, F, H, W] in float32 as they are after the last step done."""
 
 
+class BlockStage(Protocol):
+    """Some of the denoiser's layers: one stage of a layer pipeline through which windows of latent frames pass, each
+    at a step of its own. Between stages travel hidden states, rows of this rank only where ranks share the tokens.
+
+    `device`: as in DenoiseStage. What `begin` returns is shared by all blocks of a video and never changes.
+    """
+
+    device: str
+
+    @property
+    def first(self) -> bool:
+        """Whether it takes latents. It alone has blocks: `begin_block`, `latents` and `advance` are its own."""
+
+    @property
+    def last(self) -> bool:
+        """Whether it gives predictions."""
+
+    @property
+    def modules(self) -> "Sequence[nn.Module]":
+        """Everything that holds weights."""
+
+    @property
+    def rotation(self) -> TemporalRotation: ...
+
+    @property
+    def hidden_dtype(self) -> "torch.dtype":
+        """Of hidden states, and of predictions."""
+
+    def attach(self, parallel: StageParallel) -> None:
+        """As in DenoiseStage. Branches are the caller's business: `parallel.branches` is not asked."""
+
+    def compile_layers(self) -> None:
+        """As in DenoiseStage."""
+
+    def begin(self, request: VideoRequest, conditioning: dict[str, "torch.Tensor"]) -> Any:
+        """`request.num_frames` and `request.seed` are not read."""
+
+    def num_branches(self, state: Any) -> int:
+        """Predictions of a step: 2 with guidance (conditional, unconditional), else 1."""
+
+    def tokens_per_frame(self, state: Any) -> int:
+        """Latent tokens of one latent frame."""
+
+    def hidden_shapes(self, state: Any, branch: int, frames: int) -> tuple[tuple[int, ...], ...]:
+        """Of the tensors that travel between two stages for a window of so many latent frames."""
+
+    def begin_block(self, state: Any, noise: "torch.Tensor") -> Any:
+        """A block that starts as this noise [1, C, f, H, W] float32, with a noise scheduler of its own."""
+
+    def latents(self, block: Any) -> "torch.Tensor":
+        """[1, C, f, H, W] float32, as they are after the last step applied."""
+
+    def run(
+        self, state: Any, step: int, branch: int, frames: int, given: "Sequence[torch.Tensor]"
+    ) -> "tuple[torch.Tensor, ...]":
+        """One forward of these layers on a window of `frames` latent frames. `given`: on the first stage the latents
+        [1, C, frames, H, W] alone, else what the stage before returned. Returns hidden states, on the last stage the
+        prediction [1, C, frames, H, W] alone; they may share memory with each other, never with `given`."""
+
+    def guide(self, state: Any, step: int, predictions: "Sequence[torch.Tensor]") -> "torch.Tensor":
+        """All branches' predictions, in order, as one. Any run of latent frames will do."""
+
+    def advance(self, state: Any, block: Any, step: int, prediction: "torch.Tensor") -> None:
+        """Applies the guided prediction [1, C, f, H, W] of the block's next step, and keeps nothing of it."""
+
+
 class DecodeStage(Protocol):
-    """Clean latents -> frames, chunk by chunk in order. The state belongs to one request.
+    """Clean latents -> frames, chunk by chunk in order, each once. The state belongs to one request.
+
+    Latents may come in pieces, while later ones are still noise; frames are the same to the bit, however they were cut,
+    and those of all latents at once. Latents that no chunk needs any more are let go, so that memory does not grow with
+    the video.
 
     `device`: as in DenoiseStage.
     """
@@ -201,12 +296,22 @@ class DecodeStage(Protocol):
     def modules(self) -> "Sequence[nn.Module]":
         """Everything that holds weights."""
 
-    def begin(self, request: VideoRequest, latents: "torch.Tensor", group: "RowGroup | None" = None) -> Any:
-        """With a group of several ranks, they share the work on this request: each of them has the whole latents, has
-        begun the group, and is asked for the same chunks in the same order."""
+    def begin(
+        self, request: VideoRequest, latents: "torch.Tensor | None" = None, group: "RowGroup | None" = None
+    ) -> Any:
+        """`latents`: all of them; None where they come by `extend`. With a group of several ranks, they share the work
+        on this request: each of them has begun the group, gets the same whole latents, in pieces of any size, and is
+        asked for the same chunks in the same order."""
+
+    def extend(self, state: Any, latents: "torch.Tensor") -> None:
+        """The latents [1, C, f, H, W] that follow those that came before. Raises NonFiniteError."""
+
+    def finish(self, state: Any) -> None:
+        """No more latents come. Until then the end of what came may have to wait."""
 
     def chunk(self, state: Any, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
-        """Frames of chunk `index`, [frames, height, width, 3] uint8. In a group, None on all ranks but the first."""
+        """Frames of chunk `index`, [frames, height, width, 3] uint8. In a group, None on all ranks but the first. It
+        must be ready (see `ModelAdapter.num_ready_chunks`)."""
 
 
 class ModelAdapter(abc.ABC):
@@ -320,8 +425,13 @@ class ModelAdapter(abc.ABC):
         (classifier-free guidance)."""
 
     @abc.abstractmethod
+    def num_ready_chunks(self, latent_frames: int, *, is_complete: bool, decoders: int = 1) -> int:
+        """How many chunks, from the first one on, can be decoded of a video of which so many latent frames have come;
+        `is_complete`: no more will. `decoders` ranks share the work of each chunk."""
+
     def num_decode_chunks(self, request: VideoRequest, decoders: int = 1) -> int:
         """How many chunks the frames come in, where `decoders` ranks share the work of each."""
+        return self.num_ready_chunks(self.latent_shape(request)[2], is_complete=True, decoders=decoders)
 
     @abc.abstractmethod
     def cost(
@@ -337,6 +447,11 @@ class ModelAdapter(abc.ABC):
 
     @abc.abstractmethod
     def load_denoise_stage(self, device: str, precision: Precision, layers: range | None = None) -> DenoiseStage: ...
+
+    @abc.abstractmethod
+    def load_block_stage(self, device: str, precision: Precision, layers: range) -> BlockStage:
+        """Reads these layers' weights only, the front's with the first and the back's with the last one. Raises
+        InvalidRequestError for a model whose tokens span several latent frames."""
 
     @abc.abstractmethod
     def load_decode_stage(self, device: str, precision: Precision, *, tiling: bool = False) -> DecodeStage: ...

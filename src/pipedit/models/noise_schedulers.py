@@ -29,6 +29,11 @@ def scheduler_problem(class_name: str | None, config: dict[str, Any]) -> str | N
     return None
 
 
+def keeps_latents_dtype(noise_scheduler: Any) -> bool:
+    """Whether a step returns latents in their own data type; else it returns them in the prediction's."""
+    return type(noise_scheduler).__name__ == "UniPCMultistepScheduler"
+
+
 def ignores_flow_shift(class_name: str | None, config: dict[str, Any]) -> bool:
     """Whether another `flow_shift` would change nothing: UniPC looks at it for one kind of noise levels only."""
     others = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")

@@ -115,8 +115,9 @@ class SequenceBinding(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def gathered(self) -> str:
-        """Path of the module whose output holds this rank's tokens along dim 1 and is gathered."""
+    def gathered(self) -> str | None:
+        """Path of the module whose output holds this rank's tokens along dim 1 and is gathered. None where the
+        transformer ends with hidden states for another one: those stay this rank's."""
 
     @abc.abstractmethod
     def install_processors(self, parallel: SequenceParallel) -> Callable[[], None]:
@@ -124,16 +125,18 @@ class SequenceBinding(abc.ABC):
 
 
 def attach(transformer: "torch.nn.Module", binding: SequenceBinding, parallel: SequenceParallel) -> Callable[[], None]:
-    """Makes the transformer run on this rank's tokens; its inputs and outputs stay whole and equal on every rank.
-    Returns the function that leaves it as it was."""
+    """Makes the transformer run on this rank's tokens; its inputs and outputs stay whole and equal on every rank (but
+    hidden states of a partial transformer: those are this rank's rows on both ends). Returns the function that leaves
+    it as it was."""
     with contextlib.ExitStack() as undo:
         undo.callback(binding.install_processors(parallel))
         undo.callback(_hook_root(transformer, binding, parallel))
         for cut in binding.cuts():
             undo.callback(_hook_cut(transformer.get_submodule(cut.module), cut, parallel))
-        last = transformer.get_submodule(binding.gathered)
-        handle = last.register_forward_hook(lambda _module, _inputs, output: parallel.gather(output, 1))
-        undo.callback(handle.remove)
+        if binding.gathered is not None:
+            last = transformer.get_submodule(binding.gathered)
+            handle = last.register_forward_hook(lambda _module, _inputs, output: parallel.gather(output, 1))
+            undo.callback(handle.remove)
         return undo.pop_all().close
 
 

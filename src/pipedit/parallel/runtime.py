@@ -64,6 +64,7 @@ class ParallelRuntime:
         self._under_way: Call | None = None  # the attention that the other ranks wait for
         self.tuner = Tuner(self._device, clock)
         self.record = Record()  # replaced by whoever wants to see what happens
+        self._context: Kernel | None = None
 
     # -- the split ----------------------------------------------------------------------------------------------
 
@@ -147,6 +148,14 @@ class ParallelRuntime:
         self._channels, self._meshes, self._mesh, self._aco = {}, {}, None, None
         self._under_way = None  # if there was one, it has no channels any more
 
+    def take_keys_from(self, context: Kernel) -> None:
+        """Every later attention is one call of this kernel a head chunk, which may bring keys of its own (see
+        context_attention.py): so the number of chunks is never tried out. Raises InvalidRequestError for ring
+        attention."""
+        if self.config.ring_degree > 1:
+            raise InvalidRequestError(["ring attention cannot take keys of other blocks; use Ulysses"])
+        self._context = context
+
     # -- what a model asks for ----------------------------------------------------------------------------------
 
     def branches(self, predictions: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
@@ -197,7 +206,7 @@ class ParallelRuntime:
         while another one is under way: both would use the same buffers, and the ranks' messages would be mixed up."""
         mesh = self._mesh
         if mesh is None or mesh.is_alone:
-            yield _alone(call)
+            yield _alone(call, self._context or attention)
             return
         self._check_call(mesh, call)
         if self._under_way is not None:
@@ -263,7 +272,7 @@ class ParallelRuntime:
         most = max(shares)
         if config.pipesp_chunks != AUTO:
             return [Schedule(chunks=min(int(config.pipesp_chunks), most), overlap=self._overlap)]
-        if len(shares) == 1:
+        if len(shares) == 1 or self._context is not None:
             return [Schedule(chunks=1)]
         counts = sorted({min(count, most) for count in (*CHUNK_CHOICES, most)})
         transports = tuple(Transport) if self._device.type == "cuda" else (Transport.POINT_TO_POINT,)
@@ -289,13 +298,13 @@ class ParallelRuntime:
             shape,
             schedule,
             self._kernel(mesh, call.text_tokens),
-            splits_rows=mesh.ring.size == 1,
+            splits_rows=mesh.ring.size == 1 and self._context is None,
             record=self.record,
         )
 
     def _kernel(self, mesh: Mesh, text_tokens: int) -> Kernel:
         if mesh.ring.size == 1:
-            return attention
+            return self._context or attention
         degree = mesh.config.ulysses_degree
         ring = RingAttention(
             mesh.ring,
@@ -313,7 +322,7 @@ class ParallelRuntime:
         return [float(value) for value in mesh.everybody.max(values)]
 
 
-def _alone(call: Call) -> Result:
+def _alone(call: Call, kernel: Kernel) -> Result:
     """Attention where one rank has all tokens: nothing is exchanged."""
     everything = slice(0, call.heads)
     parts = [call.query(everything), call.key(everything), call.value(everything)]
@@ -321,6 +330,6 @@ def _alone(call: Call) -> Result:
     if call.text_tokens:
         parts = [torch.cat([own, text], dim=1) for own, text in zip(parts, call.text(everything), strict=True)]
     query, key, value = (part.transpose(1, 2) for part in parts)
-    result = attention(query, key, value, key_mask(call, tokens)).transpose(1, 2)
+    result = kernel(query, key, value, key_mask(call, tokens)).transpose(1, 2)
     text = result[:, tokens:] if call.text_tokens else None
     return Result(heads=everything, latents=result[:, :tokens], text=text)

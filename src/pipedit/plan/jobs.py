@@ -5,6 +5,7 @@ import enum
 from collections.abc import Hashable
 
 from pipedit.core import messages
+from pipedit.core.blocks import BlockPlan
 from pipedit.core.parallel import ParallelConfig
 from pipedit.core.request import VideoRequest
 
@@ -42,7 +43,8 @@ class Work:
 
     The denoisers share each step as `parallel` says. `num_chunks`: with one decoder; `num_chunks_spread`: where all
     decoders share each chunk (None: as many). `heads`: attention heads that may be dealt out to helpers, 0 where they
-    may not. `shape`: equal for requests whose steps take equally long. Higher `priority` goes first.
+    may not. `shape`: equal for requests whose steps take equally long. Higher `priority` goes first. `blocks`: the
+    video is made block by block.
     """
 
     num_steps: int
@@ -52,6 +54,7 @@ class Work:
     heads: int = 0
     shape: Hashable = None
     priority: int = 0
+    blocks: BlockPlan | None = None
 
     def chunks(self, decoders: int) -> int:
         return self.num_chunks if decoders == 1 or self.num_chunks_spread is None else self.num_chunks_spread
@@ -70,6 +73,7 @@ class Job:
     in_flight: messages.Command | None = None
     awaited: set[int] = dataclasses.field(default_factory=set)  # ranks that still owe the answer to it
     seconds: float = 0.0  # the longest that a rank has reported for it
+    unit_s: float = 0.0  # what each step or chunk of the phase took in the last command; 0: not known yet
     holders: set[int] = dataclasses.field(default_factory=set)  # ranks that keep something for the request
     encoded_at: int | None = None
     text_tokens: tuple[int, ...] = ()
@@ -95,7 +99,7 @@ class Job:
 
     def move(self, phase: Phase) -> None:
         assert phase in LEGAL_TRANSITIONS[self.phase], f"{self.phase} -> {phase} is not legal"
-        self.phase, self.done = phase, 0
+        self.phase, self.done, self.unit_s = phase, 0, 0.0
 
     def begin_again(self) -> None:
         """What the workers had of it is gone."""

@@ -94,11 +94,12 @@ def _each(what: str, units: range, known: Mapping[int, float]) -> list[Piece]:
 
 
 def gap_s(spans: Sequence[Span]) -> float:
-    """What passes between two steps of a request on one rank: answer, decision, next command. Median; 0 if unknown."""
-    ends = {(s.request_id, s.rank, s.index): s.end_s for s in spans if s.what == STEP and s.index is not None}
+    """What passes between two commands for a request on one rank: answer, decision, next command. Median; 0 if unknown.
+    Seen between the first two steps: later ones may be one command."""
+    first_ends = {(s.request_id, s.rank): s.end_s for s in spans if s.what == STEP and s.index == _FIRST}
     gaps = [
-        s.start_s - ends[before]
+        s.start_s - first_ends[s.request_id, s.rank]
         for s in spans
-        if s.what == STEP and s.index is not None and (before := (s.request_id, s.rank, s.index - 1)) in ends
+        if s.what == STEP and s.index == _FIRST + 1 and (s.request_id, s.rank) in first_ends
     ]
     return max(statistics.median(gaps), 0.0) if gaps else 0.0

@@ -1,7 +1,8 @@
 """The request scheduler: a state machine without I/O. Events in, commands out; no clock, no threads, no torch.
 
 Two drivers run it: the engine (real workers, real time) and the simulator (predicted durations, virtual time). What it
-decides is a pure function of the order of calls, so every policy can be tested in milliseconds.
+decides is a pure function of the calls and their order (how long work took is in the events), so every policy can be
+tested in milliseconds.
 
 Usage: `submit` and `cancel` state wishes, `receive` reports what a rank did; after each, `next_commands` returns what
 to send now. A rank has at most one command in flight, and a request has too. All ranks of a command are free when it
@@ -10,6 +11,7 @@ together, so that no other request comes between two steps because some ranks ha
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from pipedit.core import messages
@@ -18,6 +20,7 @@ from pipedit.core.placement import Placement
 from pipedit.core.request import VideoRequest
 from pipedit.plan.aco_gate import AcoGate, AcoMode, Help, helper_groups, shares_with_help
 from pipedit.plan.jobs import Job, Phase, Work
+from pipedit.plan.scheduling import Advance
 from pipedit.plan.waiting_line import WaitingLine
 
 _NEXT = {Phase.ENCODED: Phase.DENOISING, Phase.DENOISED: Phase.DECODING}
@@ -28,8 +31,13 @@ class Policy:
     """`encoded_ahead`: prompts that are encoded before denoisers are free for them. `latents_waiting`: for each
     decoder, requests that are being denoised or wait to be decoded; beyond that no other is begun (back-pressure).
     `spread_decode`: a request that is alone is decoded by all decoders together. `patience`: how often younger requests
-    of higher priority may go first. `attempts`: how often a request is denoised, if workers are lost. `grain`: steps or
-    chunks in one command; 0: all of them, for long simulations (then nothing changes inside a phase)."""
+    of higher priority may go first. `attempts`: how often a request is denoised, if workers are lost.
+
+    `grain`: steps or chunks in one command, at least; 0: all of them, for long simulations (then nothing changes inside
+    a phase). `least_command_s`: once it is known how long those of a request take, a command covers as few as take so
+    long together (or `grain`, if that is more), because where a step takes milliseconds, what passes between two
+    commands counts. A step that takes so long is commanded alone. So a cancel, a priority or a decoder that becomes
+    free waits for one step, or for less than twice this long. 0: the grain alone decides."""
 
     aco: AcoMode = AcoMode.AUTO
     encoded_ahead: int = 2
@@ -38,13 +46,19 @@ class Policy:
     patience: int = 8
     attempts: int = 2
     grain: int = 1
+    least_command_s: float = 0.05
 
     def __post_init__(self) -> None:
         counts = (self.encoded_ahead, self.latents_waiting, self.patience, self.attempts)
         assert min(counts) >= 1 and self.grain >= 0, self  # else nothing would ever begin, or end
+        assert self.least_command_s >= 0, self
 
-    def portion(self, left: int) -> int:
-        return left if self.grain == 0 else min(self.grain, left)
+    def portion(self, left: int, unit_s: float) -> int:
+        """How many of the steps or chunks that are left one command covers, if each takes `unit_s` (0: not known)."""
+        if self.grain == 0 or 0 < left * unit_s <= self.least_command_s:
+            return left
+        enough = math.ceil(self.least_command_s / unit_s) if unit_s > 0 else 1
+        return min(max(self.grain, enough), left)
 
 
 class RequestScheduler:
@@ -58,7 +72,7 @@ class RequestScheduler:
         self._placement, self._policy = placement, policy or Policy()
         self._gate = AcoGate(self._policy.aco)
         self._jobs: dict[str, Job] = {}
-        self._queue = WaitingLine(patience=self._policy.patience)
+        self._queue: WaitingLine[Job] = WaitingLine(patience=self._policy.patience)
         self._under_way: dict[str, Job] = {}
         self._live = 0
         self._submitted = 0
@@ -131,6 +145,24 @@ class RequestScheduler:
 
     def job(self, request_id: str) -> Job:
         return self._jobs[request_id]
+
+    def speaks(self, event: messages.Event) -> bool:
+        """See scheduling.Scheduler."""
+        command = self._jobs[event.request_id].in_flight
+        return command is not None and event.rank == command.ranks[0]
+
+    def advance(self, event: messages.Event) -> Advance | None:
+        """See scheduling.Scheduler."""
+        job = self._jobs[event.request_id]
+        match event:
+            case messages.Encoded():
+                return Advance(stage="encode", what="encode", done=1, total=1)
+            case messages.StepDone():
+                return Advance(stage="denoise", what="step", done=event.step + 1, total=job.work.num_steps)
+            case messages.ChunkDecoded():
+                chunks = job.work.chunks(len(job.decoders))
+                return Advance(stage="decode", what="decode", done=event.chunk + 1, total=chunks)
+        return None
 
     def forget(self, request_id: str) -> None:
         """Drops the record of a request that is over."""
@@ -224,7 +256,7 @@ class RequestScheduler:
             request=job.request,
             epoch=self._epoch,
             step=job.done,
-            num_steps=self._policy.portion(job.work.num_steps - job.done),
+            num_steps=self._policy.portion(job.work.num_steps - job.done, job.unit_s),
             parallel=job.work.parallel,
             conditioning_at=job.encoded_at,
             aco=aco,
@@ -268,7 +300,7 @@ class RequestScheduler:
             request=job.request,
             epoch=self._epoch,
             chunk=job.done,
-            num_chunks=self._policy.portion(job.work.chunks(len(job.decoders)) - job.done),
+            num_chunks=self._policy.portion(job.work.chunks(len(job.decoders)) - job.done, job.unit_s),
             latents_at=None if set(job.decoders) <= set(denoisers) else denoisers[0],
         )
 
@@ -346,13 +378,16 @@ class RequestScheduler:
                 case messages.Encode():
                     job.move(Phase.ENCODED)
                 case messages.Denoise():
+                    job.unit_s = job.seconds / command.num_steps
                     # The first step also fetches and prepares: it tells nothing, unless there is nothing else.
                     if help_ is not None and (command.step > 0 or command.num_steps == job.work.num_steps):
-                        self._gate.note(help_.key, help_.choice, job.seconds / command.num_steps)
+                        self._gate.note(help_.key, help_.choice, job.unit_s)
                     job.done += command.num_steps
                     if job.done == job.work.num_steps:
                         job.move(Phase.DENOISED)
                 case messages.Decode():
+                    if command.chunk > 0:  # causal decoders begin with a short one
+                        job.unit_s = job.seconds / command.num_chunks
                     job.done += command.num_chunks
         self._settle(job)
 

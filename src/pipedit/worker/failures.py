@@ -10,7 +10,9 @@ from pipedit.core.messages import Command, CommandFailed
 _DOING = {
     messages.Encode: "encoding the prompt",
     messages.Denoise: "denoising",
+    messages.DenoiseBlocks: "denoising",
     messages.Decode: "decoding",
+    messages.DecodeBlock: "decoding",
     messages.Release: "releasing a request",
 }
 

@@ -20,6 +20,8 @@ from pipedit.worker.settings import WorkerSettings
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
+    from pipedit.models.adapter import ModelAdapter
+
     Link = Connection[Any, Any]
 
 STARTING = "starting"
@@ -124,17 +126,27 @@ def _answer(worker: Servant, rank: int, command: Command) -> Event:
 
 
 def build_worker(spec: WorkerSpec) -> Servant:
-    """The real worker: opens the model, joins the other ranks and, where its roles are theirs too, shares the work."""
+    """The real worker of a spec, in a process of its own."""
     # Imported here: whoever only talks to workers needs no torch.
     from pipedit.models.registry import fetch_weights, open_model
+
+    adapter = open_model(spec.model)
+    fetch_weights(adapter)  # on this machine; the controller has done it on its own
+    return make_worker(adapter, spec)
+
+
+def make_worker(adapter: "ModelAdapter", spec: WorkerSpec) -> Servant:
+    """Joins the other ranks and, where its roles are theirs too, shares the work."""
+    return _block_worker(adapter, spec) if spec.settings.is_blockwise else _worker(adapter, spec)
+
+
+def _worker(adapter: "ModelAdapter", spec: WorkerSpec) -> Servant:
     from pipedit.parallel.groups import channel_opener
     from pipedit.parallel.rows import ChannelRows
     from pipedit.parallel.runtime import ParallelRuntime
     from pipedit.worker.shelf import Neighbours, Shelf, reachable_address
     from pipedit.worker.worker import Worker
 
-    adapter = open_model(spec.model)
-    fetch_weights(adapter)  # on this machine; the controller has done it on its own
     device, denoisers, decoders = spec.settings.device, spec.placement.denoisers, spec.placement.decoders
     parallel = decode_group = shelf = None
     if spec.rendezvous is not None:
@@ -155,4 +167,27 @@ def build_worker(spec: WorkerSpec) -> Servant:
         parallel=parallel,
         decode_group=decode_group,
         shelf=shelf,
+    )
+
+
+def _block_worker(adapter: "ModelAdapter", spec: WorkerSpec) -> Servant:
+    from pipedit.parallel.groups import channel_opener
+    from pipedit.worker.block_work import Ring
+    from pipedit.worker.block_worker import BlockWorker
+    from pipedit.worker.shelf import Neighbours, Shelf, reachable_address
+
+    device, stages = spec.settings.device, spec.placement.denoisers
+    open_channel = neighbours = None
+    if spec.rendezvous is not None:
+        store = join_group(spec.rendezvous, device=device)
+        open_channel = channel_opener(store, rank=spec.rank, device=device)
+        neighbours = Neighbours(store=store, host=reachable_address(spec.rendezvous), key=spec.key)
+    return BlockWorker(
+        adapter,
+        spec.settings,
+        rank=spec.rank,
+        placement=spec.placement,
+        ring=Ring(ranks=stages, rank=spec.rank, device=device, open_channel=open_channel),
+        shelf=Shelf(rank=spec.rank, device=device, neighbours=neighbours),
+        clock=time.perf_counter,
     )

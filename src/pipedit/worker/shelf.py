@@ -59,7 +59,7 @@ class Shelf:
 
     Memory: one copy of each, and, while a rank fetches, its bytes once more. With `neighbours`, a thread of its own
     hands out to one rank after the other, whatever the worker is at; without, only this rank can fetch. `put`, `fetch`
-    and `drop` are called by one thread.
+    and the like are called by one thread.
     """
 
     def __init__(self, *, rank: int, device: str, neighbours: Neighbours | None = None) -> None:
@@ -100,6 +100,11 @@ class Shelf:
         """Nothing of the request is kept any more. Legal at any time."""
         with self._lock:
             self._entries.pop(request_id, None)
+
+    def drop_kind(self, request_id: str, kind: str) -> None:
+        """This is not kept any more. Legal at any time."""
+        with self._lock:
+            self._entries.get(request_id, {}).pop(kind, None)
 
     @property
     def held_bytes(self) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from pipedit.core.placement import Role
-from pipedit.models.adapter import DecodeStage, DenoiseStage, ModelAdapter, TextStage
+from pipedit.models.adapter import BlockStage, DecodeStage, DenoiseStage, ModelAdapter, TextStage
 from pipedit.parallel.runtime import ParallelRuntime
 from pipedit.worker.residence import Residence
 from pipedit.worker.settings import WorkerSettings
@@ -13,13 +13,17 @@ HOST = "cpu"
 
 class Stages:
     """Only those of `roles` are there. With offloading, `residence` brings weights to the device and home again; else
-    it is None, and all of them stay on the device."""
+    it is None, and all of them stay on the device. `layers`: the denoiser is a stage of a layer pipeline, with these
+    layers only."""
 
-    def __init__(self, adapter: ModelAdapter, settings: WorkerSettings, roles: tuple[Role, ...]) -> None:
-        self._adapter, self._settings, self._roles = adapter, settings, roles
+    def __init__(
+        self, adapter: ModelAdapter, settings: WorkerSettings, roles: tuple[Role, ...], *, layers: range | None = None
+    ) -> None:
+        self._adapter, self._settings, self._roles, self._layers = adapter, settings, roles, layers
         self.residence = Residence(settings.device) if settings.offload else None
         self._text: TextStage | None = None
         self._denoise: DenoiseStage | None = None
+        self._block: BlockStage | None = None
         self._decode: DecodeStage | None = None
 
     def load(self, parallel: ParallelRuntime | None) -> Iterator[Role]:
@@ -45,6 +49,11 @@ class Stages:
         return self._denoise
 
     @property
+    def block(self) -> BlockStage:
+        assert self._block is not None, f"a worker that is {self._roles} has no layers"
+        return self._block
+
+    @property
     def decode(self) -> DecodeStage:
         assert self._decode is not None, f"a worker that is {self._roles} cannot decode"
         return self._decode
@@ -59,6 +68,9 @@ class Stages:
         self._settle(self._text)
 
     def _load_denoise(self, parallel: ParallelRuntime | None) -> None:
+        if self._layers is not None:
+            self._block = self._adapter.load_block_stage(self._home, self._settings.precision, self._layers)
+            return
         stage = self._denoise = self._adapter.load_denoise_stage(self._home, self._settings.precision)
         stage.device = self._settings.device
         self._settle(stage)

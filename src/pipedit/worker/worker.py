@@ -6,7 +6,7 @@ Knows nothing of other requests' order, of time limits, or of how commands reach
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,17 @@ import torch
 from torch import nn
 
 from pipedit.core import messages
-from pipedit.core.errors import InsufficientMemoryError
 from pipedit.core.placement import Placement, Role
 from pipedit.core.spans import Span
 from pipedit.models.adapter import ModelAdapter
 from pipedit.parallel.rows import ChannelRows
 from pipedit.parallel.runtime import ParallelRuntime
 from pipedit.worker.device import peak_bytes
+from pipedit.worker.run import Clock, Run, naming_lack_of_memory, synchronize
 from pipedit.worker.settings import WorkerSettings
 from pipedit.worker.shelf import CONDITIONING, LATENTS, Shelf
 from pipedit.worker.stages import Stages
 
-Clock = Callable[[], float]
 _ALONE = Placement.colocated(1)
 
 
@@ -37,29 +36,6 @@ class _Held:
     denoising: Any = None
     latents: torch.Tensor | None = None
     decoding: Any = None
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Run:
-    """A command under way, and the spans of what was done for it so far."""
-
-    request_id: str
-    rank: int
-    clock: Clock
-    spans: list[Span] = dataclasses.field(default_factory=list)
-
-    def note(self, role: Role, what: str, start_s: float, index: int | None = None, payload_bytes: int = 0) -> None:
-        """Something that has ended now."""
-        self.spans.append(
-            Span(
-                request_id=self.request_id, rank=self.rank, role=role, what=what, start_s=start_s,
-                end_s=self.clock(), index=index, payload_bytes=payload_bytes,
-            )
-        )  # fmt: skip
-
-    def answer(self) -> dict[str, Any]:
-        """What every event tells."""
-        return {"request_id": self.request_id, "rank": self.rank, "spans": tuple(self.spans)}
 
 
 class Worker:
@@ -93,7 +69,7 @@ class Worker:
     def load(self) -> tuple[Span, ...]:
         """Loads the stages of the worker's roles; one span for each."""
         run, start = self._begin(""), self._clock()
-        with _naming_lack_of_memory(self._settings.device):
+        with naming_lack_of_memory(self._settings.device):
             for role in self._stages.load(self._parallel):
                 run.note(role, "load", start)
                 start = self._clock()
@@ -101,7 +77,7 @@ class Worker:
 
     def handle(self, command: messages.Command) -> messages.Event:
         """Runs one command. Errors of the work itself raise; the executor turns them into CommandFailed."""
-        with _naming_lack_of_memory(self._settings.device):
+        with naming_lack_of_memory(self._settings.device):
             event = self._run(command)
         return dataclasses.replace(event, peak_bytes=peak_bytes(self._settings.device))
 
@@ -162,7 +138,7 @@ class Worker:
             self._help(run, command, steps)
         return messages.StepDone(**run.answer(), step=steps[-1])
 
-    def _denoise(self, run: _Run, command: messages.Denoise, steps: range) -> None:
+    def _denoise(self, run: Run, command: messages.Denoise, steps: range) -> None:
         stage, held, request = self._stages.denoise, self._hold(command), command.request
         if 0 in steps and command.conditioning_at is not None:
             held.conditioning = self._fetch(run, Role.DENOISER, command.conditioning_at, CONDITIONING)
@@ -189,7 +165,7 @@ class Worker:
         elif self._rank == self._placement.denoisers[0]:
             self._shelf.put(request_id, LATENTS, {LATENTS: latents})
 
-    def _help(self, run: _Run, command: messages.Denoise, steps: range) -> None:
+    def _help(self, run: Run, command: messages.Denoise, steps: range) -> None:
         """Takes heads of the steps' attention for denoisers. Keeps nothing."""
         assert self._parallel is not None and command.aco is not None, command
         precision = self._settings.precision
@@ -231,8 +207,8 @@ class Worker:
 
     # -- what commands have in common ---------------------------------------------------------------------------
 
-    def _begin(self, request_id: str) -> _Run:
-        return _Run(request_id=request_id, rank=self._rank, clock=self._clock)
+    def _begin(self, request_id: str) -> Run:
+        return Run(request_id=request_id, rank=self._rank, clock=self._clock)
 
     def _hold(self, command: messages.Command) -> _Held:
         return self._held.setdefault(command.request_id, _Held())
@@ -255,14 +231,14 @@ class Worker:
                 self._broken = self._parallel if isinstance(command, messages.Denoise) else self._decode_group
             raise
 
-    def _fetch(self, run: _Run, role: Role, rank: int, kind: str) -> dict[str, torch.Tensor]:
+    def _fetch(self, run: Run, role: Role, rank: int, kind: str) -> dict[str, torch.Tensor]:
         start = self._clock()
         tensors = self._shelf.fetch(rank, run.request_id, kind)
         self._synchronize()
         run.note(role, "fetch", start, payload_bytes=sum(tensor.nbytes for tensor in tensors.values()))
         return tensors
 
-    def _bring(self, run: _Run, role: Role, modules: Sequence[nn.Module]) -> bool:
+    def _bring(self, run: Run, role: Role, modules: Sequence[nn.Module]) -> bool:
         """With offloading: these weights to the device, all others from it. Returns whether any had to come."""
         if self._stages.residence is None:
             return False
@@ -277,9 +253,7 @@ class Worker:
             self._stages.residence.clear()
 
     def _synchronize(self) -> None:
-        """Waits for the device, so that a span ends when the work does and a cancel takes hold within one step."""
-        if self._settings.device.startswith("cuda"):
-            torch.cuda.synchronize(self._settings.device)
+        synchronize(self._settings.device)
 
 
 def _joined(
@@ -287,18 +261,3 @@ def _joined(
 ) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
     present = [piece for piece in pieces if piece is not None]
     return np.concatenate(present) if len(present) > 1 else next(iter(present), None)
-
-
-@contextlib.contextmanager
-def _naming_lack_of_memory(device: str) -> Iterator[None]:
-    """Turns the several ways in which an allocation fails into one error that says what to do."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # The CPU allocator raises a plain RuntimeError, which only its text tells from others.
-        is_memory = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
-        if not is_memory and "can't allocate memory" not in str(error):
-            raise
-        raise InsufficientMemoryError(
-            f"{device} ran out of memory: take fewer frames, a smaller picture, or spatial tiling of the VAE"
-        ) from error

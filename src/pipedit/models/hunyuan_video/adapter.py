@@ -6,6 +6,7 @@ from typing import ClassVar
 from pipedit.core.request import RequestDefaults, VideoRequest
 from pipedit.models.adapter import (
     AttentionSite,
+    BlockStage,
     DecodeStage,
     DenoiseStage,
     LayerSplit,
@@ -22,7 +23,7 @@ from pipedit.models.config_needs import ConfigNeeds
 from pipedit.models.hunyuan_video import text_costs, transformer_costs, vae_costs
 from pipedit.models.hunyuan_video.layout import CONFIG_NEEDS, HunyuanVideoLayout
 from pipedit.models.hunyuan_video.prompt import CLIP_TOKENS, PROMPT_FRAME
-from pipedit.models.hunyuan_video.tiles import kinds_of_tile, num_temporal_tiles
+from pipedit.models.hunyuan_video.tiles import kinds_of_tile, num_ready_rounds
 from pipedit.plan.costs import PartBytes, RequestCost, SharedAttention
 from pipedit.plan.precision import element_bytes
 
@@ -49,8 +50,9 @@ class HunyuanVideoAdapter(ModelAdapter):
 
     @property
     def size_rules(self) -> SizeRules:
-        patch = int(self.layout.transformer_config.get("patch_size", 2))
-        return SizeRules(frame_step=self.layout.temporal_factor, size_multiple=self.layout.spatial_factor * patch)
+        return SizeRules(
+            frame_step=self.layout.temporal_factor, size_multiple=self.layout.spatial_factor * self.layout.patch[1]
+        )
 
     def extra_problems(self, request: VideoRequest) -> list[str]:
         problems = []
@@ -104,12 +106,11 @@ class HunyuanVideoAdapter(ModelAdapter):
         """`text_tokens` is the most that a prompt can have; the padding is never computed (see text.py)."""
         assert request.max_sequence_length
         _, _, frames, rows, columns = self.latent_shape(request)
-        config = self.layout.transformer_config
-        patch = config.get("patch_size", 2)
+        patch = self.layout.patch
         return TokenLayout(
-            latent_frames=frames // config.get("patch_size_t", 1),
-            rows=rows // patch,
-            columns=columns // patch,
+            latent_frames=frames // patch[0],
+            rows=rows // patch[1],
+            columns=columns // patch[2],
             text_tokens=request.max_sequence_length,
             text_is_joint=True,
             text_is_masked=True,
@@ -132,9 +133,9 @@ class HunyuanVideoAdapter(ModelAdapter):
     def layer_split(self) -> LayerSplit:
         return self.layout.layer_split()
 
-    def num_decode_chunks(self, request: VideoRequest, decoders: int = 1) -> int:
+    def num_ready_chunks(self, latent_frames: int, *, is_complete: bool, decoders: int = 1) -> int:
         """Rounds of as many temporal tiles as there are ranks."""
-        return -(-num_temporal_tiles(self.latent_shape(request)[2], self.layout.temporal_factor) // decoders)
+        return num_ready_rounds(latent_frames, self.layout.temporal_factor, is_complete=is_complete, decoders=decoders)
 
     def uses_guidance(self, request: VideoRequest) -> bool:
         """True guidance, against the negative prompt; `guidance_scale` is an embedding and costs no forward."""
@@ -236,6 +237,11 @@ class HunyuanVideoAdapter(ModelAdapter):
         from pipedit.models.hunyuan_video.denoise import HunyuanVideoDenoiseStage
 
         return HunyuanVideoDenoiseStage.load(self.layout, device, precision, layers)
+
+    def load_block_stage(self, device: str, precision: Precision, layers: range) -> BlockStage:
+        from pipedit.models.hunyuan_video.block_stage import HunyuanVideoBlockStage
+
+        return HunyuanVideoBlockStage.load(self.layout, device, precision, layers)
 
     def load_decode_stage(self, device: str, precision: Precision, *, tiling: bool = False) -> DecodeStage:
         from pipedit.models.hunyuan_video.decode import HunyuanVideoDecodeStage

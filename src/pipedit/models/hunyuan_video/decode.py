@@ -1,10 +1,10 @@
 """HunyuanVideo's decode stage: one temporal tile after the other, equal to the tiled decode of the whole video.
 
 Between tiles it keeps only the few frames that the next one is blended with, so that memory does not grow with the
-video. Tiles know nothing of each other until they are blended, so a group of N ranks decodes N of them in each round,
-bit-equal to one rank; a video of one tile is decoded by the first rank alone. Spatial tiling is optional and changes
-pixels near the seams, as it does in diffusers; a group then shares the spatial tiles of each temporal one, which
-changes nothing more.
+video. A tile waits for the latents of its window, and for no later ones. Tiles know nothing of each other until they
+are blended, so a group of N ranks decodes N of them in each round, bit-equal to one rank; a video of one tile is
+decoded by the first rank alone. Spatial tiling is optional and changes pixels near the seams, as it does in diffusers;
+a group then shares the spatial tiles of each temporal one, which changes nothing more.
 """
 
 import dataclasses
@@ -18,7 +18,15 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import Autoencod
 from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import Precision
 from pipedit.models.hunyuan_video.layout import HunyuanVideoLayout
-from pipedit.models.hunyuan_video.tiles import BLENDED_FRAMES, TemporalTile, num_temporal_tiles, temporal_tile
+from pipedit.models.hunyuan_video.tiles import (
+    BLENDED_FRAMES,
+    TemporalTile,
+    first_latent,
+    num_ready_rounds,
+    num_temporal_tiles,
+    temporal_tile,
+)
+from pipedit.models.latent_stream import LatentStream
 from pipedit.models.loading import load_module
 from pipedit.models.pixels import require_finite, to_frames, to_host, to_levels
 from pipedit.models.rows import RowGroup
@@ -27,11 +35,12 @@ from pipedit.models.spatial_tiles import PictureTiling, Place, decode_tiles
 
 @dataclasses.dataclass(kw_only=True)
 class HunyuanVideoDecodeState:
-    """Scaled latents [1, C, F, H, W] in the VAE's precision, and the end of the tile before that was not given out.
-    `group`: several ranks, or None."""
+    """Scaled latents in the VAE's precision, and the end of the tile before that was not given out. `group`: several
+    ranks, or None. `is_tiled`: the pictures are cut into spatial tiles."""
 
-    latents: torch.Tensor
     group: RowGroup | None
+    latents: LatentStream = dataclasses.field(default_factory=LatentStream)
+    is_tiled: bool = False
     overlap: torch.Tensor | None = None  # [1, 3, BLENDED_FRAMES, height, width]
 
 
@@ -56,37 +65,59 @@ class HunyuanVideoDecodeStage:
     def modules(self) -> Sequence[torch.nn.Module]:
         return (self.vae,)
 
-    @torch.inference_mode()
     def begin(
-        self, request: VideoRequest, latents: torch.Tensor, group: RowGroup | None = None
+        self, request: VideoRequest, latents: torch.Tensor | None = None, group: RowGroup | None = None
     ) -> HunyuanVideoDecodeState:
+        state = HunyuanVideoDecodeState(group=None if group is None or group.size == 1 else group)
+        if latents is not None:
+            self.extend(state, latents)
+            self.finish(state)
+        return state
+
+    @torch.inference_mode()
+    def extend(self, state: HunyuanVideoDecodeState, latents: torch.Tensor) -> None:
         require_finite(latents)
         dtype = next(self.vae.decoder.parameters()).dtype
-        return HunyuanVideoDecodeState(
-            latents=latents.to(self.device, dtype) / self.vae.config.scaling_factor,
-            group=None if group is None or group.size == 1 else group,
-        )
+        state.is_tiled = self._is_tiled(latents)
+        state.latents.extend(latents.to(self.device, dtype) / self.vae.config.scaling_factor)
+
+    def finish(self, state: HunyuanVideoDecodeState) -> None:
+        state.latents.finish()
 
     @torch.inference_mode()
     def chunk(self, state: HunyuanVideoDecodeState, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
         """Frames of temporal tile `index`, or, in a group, of round `index`: a tile for each rank, or as many as are
         left. It must follow `index` - 1 of the same state. None on ranks of a group but the first."""
-        group = state.group
-        if group is None:
-            video = self._next_frames(state, index)
+        tiles = self._begin_round(state, index)
+        frames = self._decode_round(state, tiles)
+        state.latents.release(first_latent(tiles.stop, self.vae.temporal_compression_ratio))
+        return frames
+
+    def _begin_round(self, state: HunyuanVideoDecodeState, index: int) -> range:
+        """The temporal tiles of round `index`, which must be the next one, and ready."""
+        came, factor = state.latents, self.vae.temporal_compression_ratio
+        decoders = 1 if state.group is None else state.group.size
+        num_ready = num_ready_rounds(came.num_frames, factor, is_complete=came.is_complete, decoders=decoders)
+        came.begin_chunk(index, num_ready)
+        return range(index * decoders, min((index + 1) * decoders, self._num_tiles(state)))
+
+    def _decode_round(
+        self, state: HunyuanVideoDecodeState, tiles: range
+    ) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
+        if state.group is None:
+            video = self._next_frames(state, tiles[0])
             return None if video is None else to_frames(video)
-        start = index * group.size
-        tiles = range(start, min(start + group.size, self._num_tiles(state)))
-        if not self._is_tiled(state.latents):
-            return self._round(group, state, tiles)
+        if not state.is_tiled:
+            return self._share_round(state.group, state, tiles)
         parts = [to_levels(video) for tile in tiles if (video := self._next_frames(state, tile)) is not None]
         return to_host(torch.cat(parts)) if parts else None
 
     def _num_tiles(self, state: HunyuanVideoDecodeState) -> int:
-        return num_temporal_tiles(state.latents.shape[2], self.vae.temporal_compression_ratio)
+        """Of the latents that are there; where a tile is ready and more will come, it is not the last of these."""
+        return num_temporal_tiles(state.latents.num_frames, self.vae.temporal_compression_ratio)
 
     def _tile(self, state: HunyuanVideoDecodeState, number: int) -> TemporalTile:
-        return temporal_tile(state.latents.shape[2], self.vae.temporal_compression_ratio, number)
+        return temporal_tile(state.latents.num_frames, self.vae.temporal_compression_ratio, number)
 
     def _next_frames(self, state: HunyuanVideoDecodeState, number: int) -> torch.Tensor | None:
         """What temporal tile `number` adds to the video; its spatial tiles, if it has any, are shared by the group, and
@@ -96,15 +127,15 @@ class HunyuanVideoDecodeStage:
         if video is None:
             return None
         if number > 0:
-            assert state.overlap is not None, "tiles come in order"
+            assert state.overlap is not None
             video = self.vae.blend_t(state.overlap, video, BLENDED_FRAMES)
         state.overlap = video[:, :, tile.num_frames :].clone()  # a copy, so that the rest of the tile is freed
         return video[:, :, : tile.num_frames]
 
     def _decode(self, state: HunyuanVideoDecodeState, tile: TemporalTile) -> torch.Tensor | None:
         """One temporal tile, not blended yet; None on ranks that only helped."""
-        window = state.latents[:, :, tile.latents.start : tile.latents.stop]
-        if self._is_tiled(window):
+        window = state.latents.window(tile.latents)
+        if state.is_tiled:
             video = decode_tiles(window, self._tiling, self._decode_window, self.vae, state.group)
         else:
             video = self._decode_window((0, 0), window)
@@ -116,7 +147,7 @@ class HunyuanVideoDecodeStage:
 
     # -- a temporal tile for each rank of a group -----------------------------------------------------------------
 
-    def _round(
+    def _share_round(
         self, group: RowGroup, state: HunyuanVideoDecodeState, tiles: range
     ) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
         """Each rank decodes a tile, blends it with the end of the one before, which that one's rank sends, and brings

@@ -1,5 +1,6 @@
 """Where things are in a HunyuanVideo checkpoint: configs, factors, shapes, layers. Read by adapter and stages."""
 
+from pipedit.core.rotation import TemporalRotation
 from pipedit.models.adapter import LayerSplit
 from pipedit.models.config_needs import ConfigNeeds
 from pipedit.models.layout import Layout
@@ -49,12 +50,28 @@ class HunyuanVideoLayout(Layout):
     def spatial_factor(self) -> int:
         return int(self.vae_config.get("spatial_compression_ratio", 8))
 
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        config = self.transformer_config
+        side = int(config.get("patch_size", 2))
+        return int(config.get("patch_size_t", 1)), side, side
+
+    @property
+    def temporal_rotation(self) -> TemporalRotation:
+        config = self.transformer_config
+        return TemporalRotation(
+            channels=config.get("rope_axes_dim", (16, 56, 56))[0], theta=config.get("rope_theta", 256.0)
+        )
+
     def layer_split(self) -> LayerSplit:
+        """Double-stream layers, then single-stream ones, counted through. Every layer needs time, guidance and the
+        pooled text; the text itself comes refined out of the front and goes from layer to layer with the latents."""
         config = self.transformer_config
         double = (f"transformer_blocks.{layer}" for layer in range(config["num_layers"]))
         single = (f"single_transformer_blocks.{layer}" for layer in range(config["num_single_layers"]))
         return LayerSplit(
-            front=("x_embedder", "context_embedder", "time_text_embed"),
+            front=("x_embedder", "context_embedder"),
             layers=(*double, *single),
             back=("norm_out", "proj_out"),
+            everywhere=("time_text_embed",),
         )

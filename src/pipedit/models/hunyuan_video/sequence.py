@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 
 from pipedit.core.errors import InvalidRequestError
 from pipedit.models.head_projections import HeadProjection, HeadRows, HeadSink, OutputProjection
+from pipedit.models.partial_transformer import gives_hidden_states, own_layers, takes_hidden_states
 from pipedit.models.processors import outside_graphs, replace_processors
 from pipedit.models.sequence import AttentionCall, Cut, SequenceBinding, SequenceParallel, Side
 
@@ -34,8 +35,6 @@ class _TextKeys:
 
 class HunyuanVideoSequenceBinding(SequenceBinding):
     """Raises InvalidRequestError for a transformer that takes an image."""
-
-    gathered = "proj_out"
 
     def __init__(self, transformer: HunyuanVideoTransformer3DModel) -> None:
         condition = transformer.config.image_condition_type
@@ -55,15 +54,19 @@ class HunyuanVideoSequenceBinding(SequenceBinding):
         return {**inputs, "encoder_hidden_states": text[:, :length], "encoder_attention_mask": mask[:, :length]}
 
     def cuts(self) -> Sequence[Cut]:
-        return (
-            Cut(module="rope", side=Side.OUTPUT, dim=0),
-            Cut(module="x_embedder", side=Side.OUTPUT, dim=1),
-        )
+        positions = Cut(module="rope", side=Side.OUTPUT, dim=0)
+        if takes_hidden_states(self._transformer.x_embedder):
+            return (positions,)
+        return (positions, Cut(module="x_embedder", side=Side.OUTPUT, dim=1))
+
+    @property
+    def gathered(self) -> str | None:
+        return None if gives_hidden_states(self._transformer.single_transformer_blocks) else "proj_out"
 
     def install_processors(self, parallel: SequenceParallel) -> Callable[[], None]:
         model = self._transformer
         return replace_processors(
-            [block.attn for block in (*model.transformer_blocks, *model.single_transformer_blocks)],
+            [layer.attn for layer in own_layers(model.transformer_blocks, model.single_transformer_blocks)],
             expected=HunyuanVideoAttnProcessor2_0,
             replacement=_Processor(parallel, self._text_keys),
         )

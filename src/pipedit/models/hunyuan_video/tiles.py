@@ -34,13 +34,28 @@ def num_temporal_tiles(num_latent_frames: int, factor: int) -> int:
     return (num_latent_frames - 2) // latent.stride + 1
 
 
+def num_ready_rounds(num_latent_frames: int, factor: int, *, is_complete: bool, decoders: int) -> int:
+    """How many rounds of `decoders` tiles can be decoded of a video of which so many latent frames have come;
+    `is_complete`: no more will. Else a tile waits for its whole window, and a round for all its tiles: such a tile is
+    not the video's last one, so that it is the same whatever comes."""
+    if is_complete:
+        return -(-num_temporal_tiles(num_latent_frames, factor) // decoders)
+    latent = FRAMES.scaled_down(factor)
+    return max(num_latent_frames - (latent.length + 1) + latent.stride, 0) // latent.stride // decoders
+
+
+def first_latent(index: int, factor: int) -> int:
+    """The first latent frame of tile `index`."""
+    return index * FRAMES.scaled_down(factor).stride
+
+
 def temporal_tile(num_latent_frames: int, factor: int, index: int) -> TemporalTile:
-    """Tile `index` of a video."""
+    """Tile `index` of a video, or of its beginning where the tile is ready (see `num_ready_rounds`)."""
     latent = FRAMES.scaled_down(factor)
     if num_latent_frames <= latent.length:
         whole = range(num_latent_frames)
         return TemporalTile(latents=whole, drops_first=False, num_frames=factor * (num_latent_frames - 1) + 1)
-    start = index * latent.stride
+    start = first_latent(index, factor)
     window = range(start, min(start + latent.length + 1, num_latent_frames))
     fresh = factor * min(len(window) - 1, latent.stride)
     return TemporalTile(latents=window, drops_first=index > 0, num_frames=fresh + (index == 0))

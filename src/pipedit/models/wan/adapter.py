@@ -7,6 +7,7 @@ from typing import ClassVar
 from pipedit.core.request import RequestDefaults, VideoRequest
 from pipedit.models.adapter import (
     AttentionSite,
+    BlockStage,
     DecodeStage,
     DenoiseStage,
     LayerSplit,
@@ -50,8 +51,9 @@ class WanAdapter(ModelAdapter):
 
     @property
     def size_rules(self) -> SizeRules:
-        patch = self.layout.transformer_config.get("patch_size", (1, 2, 2))
-        return SizeRules(frame_step=self.layout.temporal_factor, size_multiple=self.layout.spatial_factor * patch[1])
+        return SizeRules(
+            frame_step=self.layout.temporal_factor, size_multiple=self.layout.spatial_factor * self.layout.patch[1]
+        )
 
     def complete(self, request: VideoRequest) -> VideoRequest:
         """Both experts follow a guidance scale that is asked for alone, as in diffusers."""
@@ -91,7 +93,7 @@ class WanAdapter(ModelAdapter):
     def _position_problems(self, request: VideoRequest) -> list[str]:
         """The rotary embedding holds a fixed number of positions along each axis."""
         positions = int(self.layout.transformer_config.get("rope_max_seq_len", 1024))
-        patch = self.layout.transformer_config.get("patch_size", (1, 2, 2))
+        patch = self.layout.patch
         most_frames = (positions * patch[0] - 1) * self.layout.temporal_factor + 1
         problems = []
         if request.num_frames is not None and request.num_frames > most_frames:
@@ -121,7 +123,7 @@ class WanAdapter(ModelAdapter):
     def token_layout(self, request: VideoRequest) -> TokenLayout:
         assert request.max_sequence_length
         _, _, frames, rows, columns = self.latent_shape(request)
-        patch = self.layout.transformer_config.get("patch_size", (1, 2, 2))
+        patch = self.layout.patch
         return TokenLayout(
             latent_frames=frames // patch[0],
             rows=rows // patch[1],
@@ -148,9 +150,9 @@ class WanAdapter(ModelAdapter):
     def layer_split(self) -> LayerSplit:
         return self.layout.layer_split()
 
-    def num_decode_chunks(self, request: VideoRequest, decoders: int = 1) -> int:
-        """One a latent frame; ranks share its rows."""
-        return self.latent_shape(request)[2]
+    def num_ready_chunks(self, latent_frames: int, *, is_complete: bool, decoders: int = 1) -> int:
+        """One a latent frame, which waits for no other; ranks share its rows."""
+        return latent_frames
 
     def uses_guidance(self, request: VideoRequest) -> bool:
         """Classifier-free guidance doubles the forwards; diffusers decides by the first scale alone, and so do we."""
@@ -245,6 +247,11 @@ class WanAdapter(ModelAdapter):
         from pipedit.models.wan.denoise import WanDenoiseStage
 
         return WanDenoiseStage.load(self.layout, device, precision, layers)
+
+    def load_block_stage(self, device: str, precision: Precision, layers: range) -> BlockStage:
+        from pipedit.models.wan.block_stage import WanBlockStage
+
+        return WanBlockStage.load(self.layout, device, precision, layers)
 
     def load_decode_stage(self, device: str, precision: Precision, *, tiling: bool = False) -> DecodeStage:
         from pipedit.models.wan.decode import WanDecodeStage

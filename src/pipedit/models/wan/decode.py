@@ -1,10 +1,10 @@
 """Wan's decode stage: latent frame by latent frame with the VAE's own feature cache, equal to the one-shot decode.
 
-The cache belongs to the request, not to the module, so that several videos can be decoded in turns. A group of ranks
-shares each picture by slabs of rows, which is exact (see halo.py), unless it is too small for that to pay (slabs.py);
-time cannot be cut, because each frame needs the cache of the one before. Spatial tiling is optional and changes pixels
-near the seams, as it does in diffusers; every tile keeps its own cache through time. A group then shares the tiles,
-which changes nothing more.
+The cache belongs to the request, not to the module, so that several videos can be decoded in turns; each latent frame
+can be decoded as soon as it is there. A group of ranks shares each picture by slabs of rows, which is exact (see
+halo.py), unless it is too small for that to pay (slabs.py); time cannot be cut, because each frame needs the cache of
+the one before. Spatial tiling is optional and changes pixels near the seams, as it does in diffusers; every tile keeps
+its own cache through time. A group then shares the tiles, which changes nothing more.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, W
 
 from pipedit.core.request import VideoRequest
 from pipedit.models.adapter import Precision
+from pipedit.models.latent_stream import LatentStream
 from pipedit.models.loading import load_module
 from pipedit.models.pixels import require_finite, to_frames, to_host, to_levels
 from pipedit.models.rows import RowGroup
@@ -33,12 +34,13 @@ WHOLE: Place = (0, 0)  # the place of a picture, or of a slab of rows, that is n
 
 @dataclasses.dataclass(kw_only=True)
 class WanDecodeState:
-    """De-normalised latents [1, C, F, H, W] in the VAE's precision, whole or this rank's rows, and the feature cache of
-    each tile. `group`: several ranks, or None. `shares`: latent rows of each of them, where the pictures are cut into
-    slabs."""
+    """De-normalised latents in the VAE's precision, whole or this rank's rows, and the feature cache of each tile.
+    `group`: several ranks, or None. `is_tiled`: the pictures are cut into spatial tiles. `shares`: latent rows of each
+    rank, where they are cut into slabs."""
 
-    latents: torch.Tensor
     group: RowGroup | None
+    latents: LatentStream = dataclasses.field(default_factory=LatentStream)
+    is_tiled: bool = False
     caches: dict[Place, FeatureCache] = dataclasses.field(default_factory=dict)
     shares: tuple[int, ...] | None = None
 
@@ -63,42 +65,57 @@ class WanDecodeStage:
     def modules(self) -> Sequence[torch.nn.Module]:
         return (self.vae,)
 
+    def begin(
+        self, request: VideoRequest, latents: torch.Tensor | None = None, group: RowGroup | None = None
+    ) -> WanDecodeState:
+        state = WanDecodeState(group=None if group is None or group.size == 1 else group)
+        if latents is not None:
+            self.extend(state, latents)
+            self.finish(state)
+        return state
+
     @torch.inference_mode()
-    def begin(self, request: VideoRequest, latents: torch.Tensor, group: RowGroup | None = None) -> WanDecodeState:
+    def extend(self, state: WanDecodeState, latents: torch.Tensor) -> None:
         require_finite(latents)
-        group = None if group is None or group.size == 1 else group
+        latents, group = self._denormalised(latents), state.group
+        state.is_tiled = self._is_tiled(latents)
+        if group is not None and not state.is_tiled:
+            rows = latents.shape[3]
+            state.shares = group.shares(rows, num_slabs(rows, group.size))
+            latents = latents.split(state.shares, dim=3)[group.index]
+        state.latents.extend(latents)
+
+    def finish(self, state: WanDecodeState) -> None:
+        state.latents.finish()
+
+    @torch.inference_mode()
+    def chunk(self, state: WanDecodeState, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
+        """The frame, or the four frames, of latent frame `index`; it must follow frame `index` - 1 of the same state.
+        None on ranks of a group but the first."""
+        state.latents.begin_chunk(index, state.latents.num_frames)
+        latents = state.latents.window(range(index, index + 1))
+        state.latents.release(index + 1)
+        if state.shares is not None:
+            return self._decode_slabs(state, state.shares, latents, index)
+        if state.is_tiled:
+            video = self._decode_tiles(state, latents, index)
+        else:
+            video = self._decode(state, WHOLE, latents, index)
+        return None if video is None else to_frames(self._unpatchified(video))
+
+    def _denormalised(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.vae.config
         dtype = next(self.vae.decoder.parameters()).dtype
         latents = latents.to(self.device, dtype)
         per_channel = (1, config.z_dim, 1, 1, 1)
         mean = torch.tensor(config.latents_mean).view(per_channel).to(latents)
         inverse_std = 1.0 / torch.tensor(config.latents_std).view(per_channel).to(latents)
-        latents = latents / inverse_std + mean
-        if self._is_tiled(latents):
-            return WanDecodeState(latents=latents, group=group)
-        latents, shares = self.vae.post_quant_conv(latents), None
-        if group is not None:
-            rows = latents.shape[3]
-            shares = group.shares(rows, num_slabs(rows, group.size))
-            latents = latents.split(shares, dim=3)[group.index].clone()  # a copy, so that the rest is freed
-        return WanDecodeState(latents=latents, group=group, shares=shares)
-
-    @torch.inference_mode()
-    def chunk(self, state: WanDecodeState, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
-        """The frame, or the four frames, of latent frame `index`; it must follow frame `index` - 1 of the same state.
-        None on ranks of a group but the first."""
-        latents = state.latents[:, :, index : index + 1]
-        if state.shares is not None:
-            return self._decode_slabs(state, state.shares, latents, index)
-        if self._is_tiled(latents):
-            video = self._decode_tiles(state, latents, index)
-        else:
-            video = self._decode(state, WHOLE, latents, index)
-        return None if video is None else to_frames(self._unpatchified(video))
+        return latents / inverse_std + mean
 
     def _decode(self, state: WanDecodeState, place: Place, latents: torch.Tensor, index: int) -> torch.Tensor:
         """One latent frame of one tile; it must follow frame `index` - 1 of the same tile."""
         cache = state.caches.setdefault(place, [None] * self._num_caches)
+        latents = self.vae.post_quant_conv(latents)
         video: torch.Tensor = self.vae.decoder(latents, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
         return video
 
@@ -137,6 +154,6 @@ class WanDecodeStage:
 
     def _decode_tiles(self, state: WanDecodeState, latents: torch.Tensor, index: int) -> torch.Tensor | None:
         def decode(place: Place, window: torch.Tensor) -> torch.Tensor:
-            return self._decode(state, place, self.vae.post_quant_conv(window), index)
+            return self._decode(state, place, window, index)
 
         return decode_tiles(latents, self._tiling, decode, self.vae, state.group)

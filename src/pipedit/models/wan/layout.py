@@ -1,5 +1,6 @@
 """Where things are in a Wan checkpoint: configs, factors, shapes, layers. Read by the adapter and by its stages."""
 
+from pipedit.core.rotation import TemporalRotation
 from pipedit.models.adapter import LayerSplit
 from pipedit.models.config_needs import ConfigNeeds
 from pipedit.models.layout import Layout
@@ -61,8 +62,22 @@ class WanLayout(Layout):
     def spatial_factor(self) -> int:
         return int(self.vae_config.get("scale_factor_spatial", 8))
 
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        frames, rows, columns = self.transformer_config.get("patch_size", (1, 2, 2))
+        return frames, rows, columns
+
+    @property
+    def temporal_rotation(self) -> TemporalRotation:
+        """What is left of a head when rows and columns have taken a third each, rounded down to pairs."""
+        width = self.transformer_config["attention_head_dim"]
+        return TemporalRotation(channels=width - 2 * 2 * (width // 6), theta=10000.0)
+
     def layer_split(self) -> LayerSplit:
-        layers = tuple(f"blocks.{layer}" for layer in range(self.transformer_config["num_layers"]))
+        """Every layer needs the time, and the text for cross-attention."""
         return LayerSplit(
-            front=("patch_embedding", "condition_embedder"), layers=layers, back=("proj_out", "scale_shift_table")
+            front=("patch_embedding",),
+            layers=tuple(f"blocks.{layer}" for layer in range(self.transformer_config["num_layers"])),
+            back=("proj_out", "scale_shift_table"),
+            everywhere=("condition_embedder",),
         )

@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanT
 
 from pipedit.core.errors import InvalidRequestError
 from pipedit.models.head_projections import HeadProjection, OutputProjection
+from pipedit.models.partial_transformer import gives_hidden_states, own_layers, takes_hidden_states
 from pipedit.models.processors import outside_graphs, replace_processors
 from pipedit.models.sequence import AttentionCall, Cut, SequenceBinding, SequenceParallel, Side
 
@@ -22,8 +23,6 @@ Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [1, s, 1, D] 
 
 class WanSequenceBinding(SequenceBinding):
     """Raises InvalidRequestError for a transformer that takes an image: its parts were never run on several ranks."""
-
-    gathered = "proj_out"
 
     def __init__(self, transformer: WanTransformer3DModel) -> None:
         config = transformer.config
@@ -41,13 +40,17 @@ class WanSequenceBinding(SequenceBinding):
         return inputs if timestep.ndim < 2 else {**inputs, "timestep": parallel.shard(timestep, 1)}
 
     def cuts(self) -> Sequence[Cut]:
-        return (
-            Cut(module="rope", side=Side.OUTPUT, dim=1),
-            Cut(module="blocks.0", side=Side.INPUT, dim=1, index=0),
-        )
+        positions = Cut(module="rope", side=Side.OUTPUT, dim=1)
+        if takes_hidden_states(self._transformer.patch_embedding):
+            return (positions,)
+        return (positions, Cut(module="blocks.0", side=Side.INPUT, dim=1, index=0))
+
+    @property
+    def gathered(self) -> str | None:
+        return None if gives_hidden_states(self._transformer.blocks) else "proj_out"
 
     def install_processors(self, parallel: SequenceParallel) -> Callable[[], None]:
-        attentions = [block.attn1 for block in self._transformer.blocks]
+        attentions = [block.attn1 for block in own_layers(self._transformer.blocks)]
         return replace_processors(attentions, expected=WanAttnProcessor, replacement=_Processor(parallel))
 
 

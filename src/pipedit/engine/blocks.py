@@ -1,0 +1,54 @@
+"""Videos that are made block by block: what the settings mean for a request, and what is wrong with them."""
+
+import dataclasses
+from typing import Any
+
+from pipedit.core.blocks import BlockPlan, Prefix, Storage
+from pipedit.core.request import VideoRequest
+from pipedit.engine.fitting import CostOf
+from pipedit.engine.settings import EngineSettings
+from pipedit.models.adapter import ModelAdapter, Precision
+from pipedit.plan.block_memory import stage_cost, window_latents
+from pipedit.plan.costs import RequestCost
+
+
+def block_plan(request: VideoRequest, adapter: ModelAdapter, settings: EngineSettings) -> BlockPlan | None:
+    """Of a completed request; None where videos are made in one piece."""
+    if not settings.is_blockwise:
+        return None
+    assert request.num_inference_steps is not None
+    return BlockPlan(
+        latents=adapter.latent_shape(request)[2],
+        block_latents=settings.block_size,
+        context_latents=settings.context_latents,
+        num_steps=request.num_inference_steps,
+        prefix=Prefix(settings.prefix),
+        compat=settings.dualparal_compat,
+    )
+
+
+def stage_cost_of(adapter: ModelAdapter, precision: Precision, settings: EngineSettings) -> CostOf:
+    """What the largest stage has to hold for a request."""
+
+    def cost_of(request: VideoRequest, /, *, tiling: bool, decoders: int) -> RequestCost:
+        plan = block_plan(request, adapter, settings)
+        assert plan is not None
+        frames = (window_latents(plan) - 1) * adapter.size_rules.frame_step + 1
+        window = dataclasses.replace(request, num_frames=frames)
+        return stage_cost(
+            adapter.cost(window, precision, tiling=tiling, decoders=decoders),
+            plan,
+            stages=settings.num_denoisers,
+            num_layers=len(adapter.layer_split().layers),
+            storage=Storage(settings.context_storage),
+        )
+
+    return cost_of
+
+
+def block_metadata(request: VideoRequest, adapter: ModelAdapter, settings: EngineSettings) -> dict[str, Any]:
+    """That the video is an approximation, and of which kind."""
+    plan = block_plan(request, adapter, settings)
+    if plan is None:
+        return {}
+    return {"dualparal": {**dataclasses.asdict(plan), "context_storage": str(settings.context_storage)}}

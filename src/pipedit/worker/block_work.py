@@ -1,0 +1,164 @@
+"""What a worker does for videos that are made block by block: its layers' part of the denoising, and decoding of blocks
+as they are finished. Knows no other requests' order and not how commands reach it."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipedit.core import messages
+from pipedit.core.blocks import BlockPlan
+from pipedit.core.request import VideoRequest
+from pipedit.models.adapter import BlockStage, DecodeStage, LayerSplit, ModelAdapter
+from pipedit.models.seeding import initial_noise
+from pipedit.parallel.context_attention import ContextAttention
+from pipedit.parallel.groups import OpenChannel
+from pipedit.parallel.stage_links import StageLinks
+from pipedit.plan.block_orders import order_of
+from pipedit.plan.noise_pool import noise_indices, pool_size
+from pipedit.worker.block_denoiser import BlockDenoiser, FinishedBlock, Ran
+from pipedit.worker.run import Clock
+
+Frames = np.ndarray[Any, np.dtype[np.uint8]]
+Keep = Callable[[FinishedBlock], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring:
+    """The stages of the layer pipeline, `ranks` in order, of which `rank` may be one."""
+
+    ranks: tuple[int, ...]
+    rank: int
+    device: str
+    open_channel: OpenChannel | None  # None where there is one stage
+
+    @property
+    def depth(self) -> int:
+        return len(self.ranks)
+
+    def layers(self, split: LayerSplit) -> range | None:
+        """Those of this rank; None if it is no stage."""
+        return split.ranges(self.depth)[self.ranks.index(self.rank)] if self.rank in self.ranks else None
+
+    def links(self, epoch: int) -> StageLinks:
+        if self.open_channel is None:
+            return StageLinks()
+        return StageLinks.open(self.ranks, self.rank, device=self.device, open_channel=self.open_channel, epoch=epoch)
+
+
+class BlockStageWork:
+    """One stage's part of videos that are made one after the other. `links` stay open from video to video, and are
+    made anew in an epoch after a failure."""
+
+    def __init__(
+        self, adapter: ModelAdapter, stage: BlockStage, ring: Ring, context: ContextAttention, clock: Clock
+    ) -> None:
+        self._adapter, self._stage, self._ring, self._context, self._clock = adapter, stage, ring, context, clock
+        self._links: StageLinks | None = None
+        self._epoch = 0
+        self._denoiser: BlockDenoiser | None = None
+        self._finished = 0
+
+    @property
+    def finished(self) -> int:
+        """Blocks of the video under way that are finished, on the first stage."""
+        return self._finished
+
+    def begin(self, request_id: str, command: messages.DenoiseBlocks, conditioning: dict[str, torch.Tensor]) -> None:
+        """Before a video's first operations."""
+        request, plan = command.request, command.blocks
+        self._finished = 0
+        self._denoiser = BlockDenoiser(
+            self._stage,
+            self._stage.begin(request, conditioning),
+            plan,
+            order_of(plan, self._ring.depth),
+            video=request_id,
+            depth=self._ring.depth,
+            links=self._opened(command.epoch),
+            context=self._context,
+            noise=BlockNoise(self._adapter, request, plan, self._stage.device),
+            clock=self._clock,
+        )
+
+    def run(self, command: messages.DenoiseBlocks, keep: Keep) -> Iterator[Ran]:
+        """The command's operations, each as it is done. `keep` is given every block that is finished by then."""
+        denoiser = self._denoiser
+        assert denoiser is not None, "no video has begun"
+        for ran in denoiser.run(command.count):
+            self._keep(ran.finished, keep)
+            yield ran
+        if command.first + command.count == command.blocks.num_operations:
+            self._keep(denoiser.drain(), keep)
+
+    def end(self, *, failed: bool) -> None:
+        """The video is over, or is given up after every stage has run the same operations; `failed`: after some rank
+        has failed, so that messages may be missing."""
+        denoiser, self._denoiser = self._denoiser, None
+        if failed:
+            self.recover()
+        elif denoiser is not None:
+            denoiser.drain()
+        self._context.abandon()
+
+    def recover(self) -> None:
+        """After a failure: stages that wait for this one fail too."""
+        links, self._links, self._denoiser = self._links, None, None
+        if links is not None:
+            links.abandon()
+        self._context.abandon()
+
+    def close(self) -> None:
+        links, self._links = self._links, None
+        if links is not None:
+            links.abandon()  # whatever is on its way is wanted by nobody
+
+    def _keep(self, finished: tuple[FinishedBlock, ...], keep: Keep) -> None:
+        for block in finished:
+            keep(block)
+            self._finished = block.block + 1
+
+    def _opened(self, epoch: int) -> StageLinks:
+        if self._links is None or epoch > self._epoch:
+            self.recover()
+            self._links, self._epoch = self._ring.links(epoch), epoch
+        return self._links
+
+
+class BlockNoise:
+    """The noise of each block, from one pool (DualParal, section 3.3): a few latent frames, drawn from the seed on the
+    CPU, that every block uses again in another order. Blocks are asked for in order of time."""
+
+    def __init__(self, adapter: ModelAdapter, request: VideoRequest, plan: BlockPlan, device: str) -> None:
+        assert request.seed is not None
+        one, channels, _, height, width = adapter.latent_shape(dataclasses.replace(request, num_frames=1))
+        shape = (one, channels, pool_size(plan), height, width)
+        self._pool = initial_noise(shape, request.seed, device)
+        self._indices = noise_indices(plan, request.seed)
+
+    def __call__(self, block: int) -> torch.Tensor:
+        return self._pool[:, :, list(next(self._indices))]
+
+
+class BlockDecoder:
+    """Decodes the blocks of a video in order, as far as can be told from those that are there."""
+
+    def __init__(self, adapter: ModelAdapter, stage: DecodeStage, request: VideoRequest) -> None:
+        self._adapter, self._stage = adapter, stage
+        self._state = stage.begin(request)
+        self._latents = self._chunks = 0
+
+    def add(self, latents: torch.Tensor, *, is_last: bool) -> Iterator[Frames]:
+        """Takes the next block [1, C, f, H, W]; yields the frames that are final now. Lazy."""
+        self._stage.extend(self._state, latents)
+        self._latents += latents.shape[2]
+        if is_last:
+            self._stage.finish(self._state)
+        ready = self._adapter.num_ready_chunks(self._latents, is_complete=is_last)
+        while self._chunks < ready:
+            frames = self._stage.chunk(self._state, self._chunks)
+            self._chunks += 1
+            assert frames is not None
+            yield frames
