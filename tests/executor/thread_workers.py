@@ -24,6 +24,7 @@ from pipedit.engine.engine import Engine
 from pipedit.executor.links import Link, LinkedExecutor
 from pipedit.executor.local_processes import LOOPBACK
 from pipedit.models.adapter import ModelAdapter
+from pipedit.worker.block_worker import BlockWorker
 from pipedit.worker.greeting import KEY_BYTES
 from pipedit.worker.group import Rendezvous
 from pipedit.worker.service import WorkerSpec, build_worker, serve
@@ -70,8 +71,8 @@ class ThreadExecutor(LinkedExecutor):
 
     def build(self, spec: WorkerSpec) -> "_Watched":
         worker = build_worker(spec)
-        assert isinstance(worker, Worker)
-        self.workers[spec.rank] = worker
+        assert isinstance(worker, (Worker, BlockWorker))
+        self.workers[spec.rank] = worker  # type: ignore[assignment] # nobody looks into both kinds
         return _Watched(worker, spec.rank, self.latents)
 
 
@@ -95,13 +96,13 @@ class _ThreadLink(Link):
 class _Watched:
     """A worker, and the clean latents that it is given."""
 
-    def __init__(self, worker: Worker, rank: int, latents: dict[tuple[str, int], torch.Tensor]) -> None:
+    def __init__(self, worker: Worker | BlockWorker, rank: int, latents: dict[tuple[str, int], torch.Tensor]) -> None:
         self._worker, self._rank, self._latents = worker, rank, latents
 
     def load(self) -> tuple[Span, ...]:
         with _LOADING:
             spans = self._worker.load()
-        if self._worker._stages._decode is not None:
+        if isinstance(self._worker, Worker) and self._worker._stages._decode is not None:
             keep_latents(self._worker, self._latents, self._rank)
         return spans
 

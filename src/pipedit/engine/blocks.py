@@ -27,14 +27,22 @@ def block_plan(request: VideoRequest, adapter: ModelAdapter, settings: EngineSet
     )
 
 
+def seen_at_once(request: VideoRequest, adapter: ModelAdapter, settings: EngineSettings) -> VideoRequest:
+    """The completed request as the model sees it: no longer than a window. A length that is illegal stays."""
+    plan, frames = block_plan(request, adapter, settings), request.num_frames
+    step = adapter.size_rules.frame_step
+    if plan is None or frames is None or frames < 1 or (frames - 1) % step:
+        return request
+    return dataclasses.replace(request, num_frames=(window_latents(plan) - 1) * step + 1)
+
+
 def stage_cost_of(adapter: ModelAdapter, precision: Precision, settings: EngineSettings) -> CostOf:
     """What the largest stage has to hold for a request."""
 
     def cost_of(request: VideoRequest, /, *, tiling: bool, decoders: int) -> RequestCost:
         plan = block_plan(request, adapter, settings)
         assert plan is not None
-        frames = (window_latents(plan) - 1) * adapter.size_rules.frame_step + 1
-        window = dataclasses.replace(request, num_frames=frames)
+        window = seen_at_once(request, adapter, settings)
         return stage_cost(
             adapter.cost(window, precision, tiling=tiling, decoders=decoders),
             plan,

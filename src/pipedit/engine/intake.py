@@ -11,6 +11,7 @@ from typing import Any
 
 from pipedit.core.errors import CheckpointError, InvalidRequestError
 from pipedit.core.request import FIELD_NAMES, VideoRequest
+from pipedit.engine.blocks import seen_at_once
 from pipedit.engine.settings import EngineSettings, setting_problems
 from pipedit.engine.sharing import sharing_problems
 from pipedit.models.adapter import ModelAdapter
@@ -81,7 +82,7 @@ def request_problems(
     """Problems of all the completed requests, each with its label where there are several."""
     found = []
     for request in requests:
-        problems = check_request(request, adapter)
+        problems = check_request(seen_at_once(request, adapter, settings), adapter)
         found.append([*problems, *sharing_problems(request, adapter, settings, has_sound_size=not problems)])
     return _labelled(found, labels)
 

@@ -155,7 +155,7 @@ class BlockScheduler:
             case messages.Encoded():
                 return Advance(stage="encode", what="encode", done=1, total=1)
             case messages.BlocksDone() if event.rank == self._stages[0]:
-                return Advance(stage="denoise", what="block", done=event.done, total=job.plan.num_operations)
+                return Advance(stage="denoise", what="step", done=event.done, total=job.plan.num_operations)
             case messages.BlockDecoded():
                 return Advance(stage="decode", what="decode", done=event.block + 1, total=job.plan.num_blocks)
         return None

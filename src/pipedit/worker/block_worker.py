@@ -126,7 +126,7 @@ class BlockWorker:
             self._shelf.drop_kind(command.request_id, _latents_of(block))
         for ran in work.run(command, lambda block: self._shelve(command.request_id, block)):
             for start_s, end_s in ran.passes:
-                run.note(Role.DENOISER, "block", start_s, ran.op.block, end_s=end_s)
+                run.note(Role.DENOISER, "step", start_s, ran.op.step, end_s=end_s, block=ran.op.block)
         return messages.BlocksDone(**run.answer(), done=command.first + command.count, finished=work.finished)
 
     def _run_decode(self, command: messages.DecodeBlock) -> messages.Event:
@@ -137,7 +137,7 @@ class BlockWorker:
             self._decoders[request_id] = BlockDecoder(self._adapter, self._stages.decode, command.request)
         start, is_last = self._clock(), command.block + 1 == command.blocks.num_blocks
         pieces = list(self._decoders[request_id].add(fetched[LATENTS], is_last=is_last))
-        run.note(Role.DECODER, "decode", start, command.block)
+        run.note(Role.DECODER, "decode", start, command.block, block=command.block)
         frames_now = np.concatenate(pieces) if pieces else None
         return messages.BlockDecoded(**run.answer(), block=command.block, frames=frames_now)
 

@@ -31,13 +31,14 @@ class Run:
         index: int | None = None,
         payload_bytes: int = 0,
         end_s: float | None = None,
+        block: int | None = None,
     ) -> None:
         """Something that has ended, now or at `end_s`."""
         end_s = self.clock() if end_s is None else end_s
         self.spans.append(
             Span(
                 request_id=self.request_id, rank=self.rank, role=role, what=what, start_s=start_s, end_s=end_s,
-                index=index, payload_bytes=payload_bytes,
+                index=index, block=block, payload_bytes=payload_bytes,
             )
         )  # fmt: skip
 
