@@ -140,7 +140,7 @@ def test_rounds_that_are_alike_predict_each_other() -> None:
     assert predicted_error(simulated(), simulated()) == pytest.approx(0.0)
     quick = dataclasses.replace(TIMES, step_s=0.01, chunk_s=0.01)
     rounds = [simulated(quick, round_trip_s=0.002) for _ in range(3)]
-    assert predicted_error(*rounds) == pytest.approx(0.0, abs=1e-6), "what passes between commands that hold several steps"
+    assert predicted_error(*rounds) == pytest.approx(0.0, abs=1e-6), "commands hold several steps here"
 
 
 def test_help_that_was_settled_before_is_settled_in_the_prediction() -> None:

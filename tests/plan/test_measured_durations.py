@@ -46,6 +46,19 @@ def test_a_run_tells_what_its_work_took() -> None:
     assert (measured.helped_s, measured.conditioning_s, measured.latents_s) == (None, 0.0, 0.0)
 
 
+def test_what_disturbs_one_of_them_counts_for_the_sum() -> None:
+    """One of three requests had to wait for half a second in each chunk: a prediction must not forget it."""
+    spans = spans_of(0.5)
+    disturbed = tuple(
+        dataclasses.replace(span, end_s=span.end_s + 0.5)
+        if span.what == "decode" and span.request_id == "request-2"
+        else span
+        for span in spans
+    )
+    total = sum(span.duration_s for span in disturbed if span.what == "decode" and span.rank == 0)
+    assert 3 * sum(MeasuredDurations.of(disturbed).chunks.values()) == pytest.approx(total)
+
+
 def test_the_slowest_rank_of_a_step_counts() -> None:
     slow = tuple(
         dataclasses.replace(span, end_s=span.end_s + 1.0) if span.rank == 1 else span for span in spans_of(0.5)

@@ -128,6 +128,12 @@ def peak_memory_bytes(command: Sequence[str], *, timeout_s: float) -> int:
     return int(said) * (1 if sys.platform == "darwin" else 1024)
 
 
+def answer_of(command: Sequence[str], *, timeout_s: float) -> dict[str, Any]:
+    """The JSON document that a whole process prints. Raises PipeditError, with its last words, if it fails."""
+    answer: dict[str, Any] = json.loads(_run(command, timeout_s=timeout_s))
+    return answer
+
+
 def _run(command: Sequence[str], *, timeout_s: float) -> str:
     """What the process wrote to stdout."""
     try:

@@ -38,7 +38,7 @@ def rounds_used(rounds: int) -> dict[str, list[int]]:
 
 
 def predict(placement: Placement, policy: Policy, work: Work, rounds: Sequence[Stream]) -> Prediction:
-    """Durations are medians over all spans of the odd rounds; the even ones are predicted. At least two rounds, of
+    """Durations are means over all spans of the odd rounds; the even ones are predicted. At least two rounds, of
     requests that are all like `work`, in an engine that ran one stream before (to warm up)."""
     used = rounds_used(len(rounds))
     spans: list[Span] = [span for number in used["durations_from_rounds"] for span in rounds[number - 1].spans]

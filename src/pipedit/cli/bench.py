@@ -12,7 +12,13 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.table import Table
 
-from pipedit.cli.bench_tables import disaggregation_tables, faults_table, overlap_table, sequence_parallel_tables
+from pipedit.cli.bench_tables import (
+    disaggregation_tables,
+    faults_table,
+    long_video_tables,
+    overlap_table,
+    sequence_parallel_tables,
+)
 from pipedit.cli.console import session_of
 from pipedit.cli.options import Command, Group, JsonFlag
 from pipedit.core.errors import InvalidRequestError, PipeditError
@@ -277,6 +283,55 @@ def bench_disaggregation(
     session.report.update(result)
     if not as_json:
         for table in disaggregation_tables(result):
+            session.terminal.table(table)
+    _write(result, output)
+
+
+@bench.command("long-video", cls=Command)
+def bench_long_video(
+    context: typer.Context,
+    model: Model = "tiny",
+    random_model: RandomModel = None,
+    num_frames: Annotated[str, typer.Option(help="Lengths in frames, separated by commas.")] = "257,1025",
+    height: Height = None,
+    width: Width = None,
+    num_inference_steps: Steps = None,
+    workers: Annotated[str, typer.Option(help="Numbers of workers, separated by commas.")] = "1,2",
+    block_size: Annotated[int, typer.Option(help="Latent frames in a block.")] = 8,
+    context_latents: Annotated[int, typer.Option("--context", help="Latent frames of each neighbour.")] = 4,
+    whole_frames: Annotated[
+        int | None, typer.Option(help="Longest video that is also made in one piece (default: all).")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    timeout_s: Annotated[float, typer.Option(min=1.0, help="Limit for each video.")] = 1800.0,
+    as_json: JsonFlag = False,
+    output: Output = None,
+) -> None:
+    """A long video in one piece and block by block (DualParal): time to the first frames and to the file, memory."""
+    _check_target(output)
+    from pipedit.bench import long_video
+
+    session = session_of(context)
+    with tempfile.TemporaryDirectory() as scratch:
+        plan = long_video.LongVideoBench(
+            model=_model(model, random_model, Path(scratch)),
+            settings=_settings(None, height, width, num_inference_steps, None),
+            frames=tuple(_numbers(int, "--num-frames", num_frames)),
+            workers=tuple(_numbers(int, "--workers", workers)),
+            blocks={"block_size": block_size, "context": context_latents},
+            whole_frames=whole_frames,
+            rounds=rounds,
+            device=device,
+            dtype=dtype,
+            timeout_s=timeout_s,
+        )
+        result = long_video.run(plan)
+    _name_random(result, random_model)
+    session.report.update(result)
+    if not as_json:
+        for table in long_video_tables(result):
             session.terminal.table(table)
     _write(result, output)
 

@@ -147,6 +147,29 @@ def _streams_table(name: str, mix: dict[str, Any]) -> Table:
     return table
 
 
+def long_video_tables(result: dict[str, Any]) -> list[Table]:
+    """One for each length."""
+    return [_lengths_table(frames, variants) for frames, variants in result["lengths"].items()]
+
+
+def _lengths_table(frames: str, variants: dict[str, Any]) -> Table:
+    table = Table(
+        "", "to the file (min to max)", "first frames", "largest worker", "stages at work",
+        title=f"{frames} frames", box=None,
+        caption="stages at work: the least and the most busy one, in the steady state",
+    )  # fmt: skip
+    for name, figures in variants.items():
+        taken, least, most = figures["seconds"], figures["least_busy_share"], figures["busiest_share"]
+        table.add_row(
+            name if figures["num_frames"] == int(frames) else f"{name} ({figures['num_frames']} frames)",
+            f"{taken['median']:.1f} s ({taken['min']:.1f} to {taken['max']:.1f})",
+            format_seconds(figures["first_frames_s"]["median"]),
+            format_bytes(figures["largest_peak_bytes"]),
+            "-" if most is None else f"{least['median'] * 100:.0f} to {most['median'] * 100:.0f} %",
+        )
+    return table
+
+
 def faults_table(result: dict[str, Any]) -> Table:
     """Kills by stage, then how far the requests had come that were cancelled."""
     kills, cancels = result["kills"], result["cancels"]

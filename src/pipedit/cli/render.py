@@ -109,7 +109,7 @@ class Rendering:
             width=request.width,
             height=request.height,
             fps=request.fps,
-            num_frames=request.num_frames,
+            num_frames=self._engine.num_frames(request),
             metadata=self._engine.metadata(request),
             replace=job.replace,
             series=job.series,

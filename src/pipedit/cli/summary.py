@@ -27,11 +27,12 @@ _TRY_NEXT = (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workers:
     """What is told of them: who did what (`division`, "" where all did everything), who shared the steps, and how much
-    memory they held."""
+    memory they held. `is_blockwise`: stages of a video overlap, and its steps are those of many blocks."""
 
     division: str = ""
     sharers: str = "workers"
     memory: str = ""
+    is_blockwise: bool = False
 
 
 def summarize(results: Sequence[Result], *, load_s: float, workers: Workers) -> RenderableType:
@@ -40,7 +41,7 @@ def summarize(results: Sequence[Result], *, load_s: float, workers: Workers) -> 
     told = [*divided, *_sharing(results, workers.sharers)]
     held = [Text(workers.memory, style="dim")] if workers.memory else []
     if len(results) == 1:
-        return Group(_facts(results[0]), *told, _stage_rows(results[0], load_s), *held)
+        return Group(_facts(results[0]), *told, _stage_rows(results[0], load_s, workers.is_blockwise), *held)
     loaded = Text(f"weights loaded in {format_seconds(load_s)}", style="dim") if load_s else Text()
     return Group(_video_rows(results), *told, loaded, *held)
 
@@ -51,6 +52,11 @@ def describe_workers(settings: EngineSettings, division: str, spans: Iterable[Sp
         told = f"{settings.num_workers} workers: {division}"
         told += "" if settings.aco == AcoMode.OFF else f"; idle decode workers {_help(spans)}"
         return Workers(division=told, sharers="denoise workers", memory=memory)
+    if settings.is_blockwise:
+        context = settings.context_latents
+        seen = f"{context} of each neighbour" if context else "none of their neighbours"
+        blocks = f"blocks of {settings.block_size} latent frames that see {seen} ({settings.prefix})"
+        return Workers(division=f"dualparal, an approximation: {division}; {blocks}", memory=memory, is_blockwise=True)
     is_plain = settings.decode == DecodeMode.SPREAD and not settings.offload
     return Workers(division="" if is_plain else division, memory=memory)
 
@@ -65,6 +71,10 @@ def _help(spans: Iterable[Span]) -> str:
 def placement_as_json(settings: EngineSettings) -> dict[str, Any]:
     """Settings that leave nothing open: who does what."""
     names = ["num_workers", "strategy"]
+    if settings.is_blockwise:
+        names += ["denoise_workers", "decode_workers", "block_size", "context_latents", "prefix"]
+        names += ["context_storage", "dualparal_compat"]
+        return {name: getattr(settings, name) for name in names}
     if settings.strategy == Strategy.DISAGGREGATED:
         names += ["denoise_workers", "decode_workers", "encode_on", "aco"]
     else:
@@ -124,14 +134,14 @@ def _pipelining(config: ParallelConfig) -> str:
     return ", PipeSP off" if config.pipesp_chunks == 1 else f", PipeSP {config.pipesp_chunks}"
 
 
-def _stage_rows(result: Result, load_s: float) -> Table:
+def _stage_rows(result: Result, load_s: float, is_blockwise: bool) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=True)
     for _ in range(3):
         table.add_column(justify="right" if table.columns else "left")
     table.add_column(style="dim")
     rows = {"load": load_s, **result.seconds} if load_s else result.seconds
     total_s = sum(rows.values())
-    counts = {"denoise": result.request.num_inference_steps or 1}
+    counts = {} if is_blockwise else {"denoise": result.request.num_inference_steps or 1}
     for stage in ("load", *STAGES):
         if stage in rows:
             each = f"{counts[stage]} x {format_seconds(rows[stage] / counts[stage])}" if stage in counts else ""

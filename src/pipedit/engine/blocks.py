@@ -6,7 +6,7 @@ from typing import Any
 from pipedit.core.blocks import BlockPlan, Prefix, Storage
 from pipedit.core.request import VideoRequest
 from pipedit.engine.fitting import CostOf
-from pipedit.engine.settings import EngineSettings
+from pipedit.engine.settings import EngineSettings, strategy_problems
 from pipedit.models.adapter import ModelAdapter, Precision
 from pipedit.plan.block_memory import stage_cost, window_latents
 from pipedit.plan.costs import RequestCost
@@ -28,12 +28,25 @@ def block_plan(request: VideoRequest, adapter: ModelAdapter, settings: EngineSet
 
 
 def seen_at_once(request: VideoRequest, adapter: ModelAdapter, settings: EngineSettings) -> VideoRequest:
-    """The completed request as the model sees it: no longer than a window. A length that is illegal stays."""
-    plan, frames = block_plan(request, adapter, settings), request.num_frames
-    step = adapter.size_rules.frame_step
-    if plan is None or frames is None or frames < 1 or (frames - 1) % step:
+    """The completed request as the model sees it: no longer than a window. A length that is illegal stays, and so does
+    any where the settings are wrong."""
+    frames, step = request.num_frames, adapter.size_rules.frame_step
+    if not settings.is_blockwise or strategy_problems(settings):
         return request
+    if frames is None or frames < 1 or (frames - 1) % step or not request.num_inference_steps:
+        return request
+    plan = block_plan(request, adapter, settings)
+    assert plan is not None
     return dataclasses.replace(request, num_frames=(window_latents(plan) - 1) * step + 1)
+
+
+def output_frames(request: VideoRequest, adapter: ModelAdapter, settings: EngineSettings) -> int:
+    """Of a completed request."""
+    plan = block_plan(request, adapter, settings)
+    assert request.num_frames is not None
+    if plan is None or not plan.compat or plan.output_latents is None:
+        return request.num_frames
+    return (plan.output_latents - 1) * adapter.size_rules.frame_step + 1
 
 
 def stage_cost_of(adapter: ModelAdapter, precision: Precision, settings: EngineSettings) -> CostOf:
@@ -44,11 +57,12 @@ def stage_cost_of(adapter: ModelAdapter, precision: Precision, settings: EngineS
         assert plan is not None
         window = seen_at_once(request, adapter, settings)
         return stage_cost(
+            adapter.cost(request, precision, tiling=tiling, decoders=decoders),
             adapter.cost(window, precision, tiling=tiling, decoders=decoders),
             plan,
             stages=settings.num_denoisers,
-            num_layers=len(adapter.layer_split().layers),
             storage=Storage(settings.context_storage),
+            decodes=settings.num_denoisers == settings.num_workers,
         )
 
     return cost_of

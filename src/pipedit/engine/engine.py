@@ -20,7 +20,7 @@ from pipedit.core.parallel import AUTO, ParallelConfig
 from pipedit.core.placement import Placement, Role
 from pipedit.core.request import VideoRequest
 from pipedit.core.version import __version__
-from pipedit.engine.blocks import block_metadata, block_plan, stage_cost_of
+from pipedit.engine.blocks import block_metadata, block_plan, output_frames, stage_cost_of
 from pipedit.engine.driver import Driver
 from pipedit.engine.fitting import check_memory, free_memory
 from pipedit.engine.intake import complete_requests, make_requests, request_problems, with_seed
@@ -298,6 +298,11 @@ class Engine:
         if (plan := block_plan(request, self.adapter, self.settings)) is not None:
             return plan.num_blocks or 0
         return self.adapter.num_decode_chunks(request, len(self._placement.decoders))
+
+    def num_frames(self, request: VideoRequest) -> int:
+        """How many frames the video of a prepared request has: as many as asked for, but for `dualparal_compat`."""
+        assert request.num_frames is not None
+        return output_frames(request, self.adapter, self.settings)
 
     def sharing(self, request: VideoRequest) -> ParallelConfig:
         """How the workers share a prepared request."""

@@ -14,7 +14,8 @@ _FIRST = 0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasuredDurations:
-    """Medians over requests of one kind. `steps` and `chunks` by index: causal decoders begin with a short chunk, and
+    """Means over requests of one kind: a makespan is a sum, and whatever disturbs a machine makes work longer, so that
+    medians would promise too much. `steps` and `chunks` by index: causal decoders begin with a short chunk, and
     steps differ little, so those that were not seen take what the others do. `helped_s`: a step with helpers.
     `conditioning_s` and `latents_s`: to fetch them; `onload_s`: to bring the stage's weights, by role."""
 
@@ -41,13 +42,13 @@ class MeasuredDurations:
         for (request_id, role, what, index), seconds in together.items():
             is_helped = what == STEP and (request_id, index) in helped
             groups[role, "helped" if is_helped else what, None if is_helped else index].append(seconds)
-        medians = {key: statistics.median(values) for key, values in groups.items()}
+        means = {key: statistics.fmean(values) for key, values in groups.items()}
 
         def one(role: str, what: str) -> float:
-            return medians.get((role, what, None), 0.0)
+            return means.get((role, what, None), 0.0)
 
         def by_index(what: str) -> dict[int, float]:
-            return {index: s for (_, kind, index), s in medians.items() if kind == what and index is not None}
+            return {index: s for (_, kind, index), s in means.items() if kind == what and index is not None}
 
         return cls(
             encode_s=one("encoder", ENCODE),
@@ -87,7 +88,7 @@ class MeasuredDurations:
 
 def _each(what: str, units: range, known: Mapping[int, float]) -> list[Piece]:
     later = [seconds for index, seconds in known.items() if index != _FIRST] or list(known.values())
-    usual = statistics.median(later)
+    usual = statistics.fmean(later)
     # The number of a step matters to nobody but the first one: equal commands are asked for once.
     exact = known if what == DECODE else {_FIRST: known.get(_FIRST, usual)}
     return [Piece(what=what, seconds=exact.get(unit, usual), index=place) for place, unit in enumerate(units)]
