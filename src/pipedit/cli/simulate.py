@@ -96,7 +96,7 @@ def simulate(
             "--grain",
             panel=_RUN,
             metavar="N",
-            help=f"Steps or chunks in one command, 0: all. {default('1; more for very many requests')}",
+            help=f"Steps or chunks in one command, at least; 0: all. {default('1; more for very many requests')}",
         ),
     ] = None,
     output: Annotated[

@@ -11,6 +11,7 @@ from pipedit.models.adapter import ModelAdapter, Precision
 from pipedit.models.planned_videos import planned_videos
 from pipedit.plan.aco_gate import AcoMode
 from pipedit.plan.arrangements import Arrangement, Asked, Kind, arrangements
+from pipedit.plan.block_arrangement import describe_pipeline
 from pipedit.plan.block_scheduler import BlockScheduler
 from pipedit.plan.choice import choose_placement
 from pipedit.plan.estimate import DurationsOf
@@ -27,7 +28,12 @@ def placement_of(settings: EngineSettings) -> Placement:
     """Of settings that leave nothing open."""
     assert settings.is_placed, settings
     if settings.is_blockwise:
-        return _stages_of(settings)
+        stages, encode_on = settings.num_denoisers, settings.encode_on
+        return Placement.pipeline(
+            stages=stages,
+            decoder=settings.num_workers > stages,
+            encoder=None if encode_on is None else _ENCODERS[encode_on],
+        )
     if settings.strategy == Strategy.COLOCATED:
         if settings.decode == DecodeMode.SERIAL:
             return Placement.serial_decode(settings.num_workers)
@@ -39,22 +45,11 @@ def placement_of(settings: EngineSettings) -> Placement:
     )
 
 
-def _stages_of(settings: EngineSettings) -> Placement:
-    """One rank for each stage. The decoder is a rank of its own or the last stage; prompts are encoded there where it
-    is of its own, else on the first stage, so that nobody holds both."""
-    if settings.num_workers == 1:
-        return Placement.colocated(1)
-    stages = tuple(range(settings.num_denoisers))
-    decoder = settings.num_workers - 1
-    encodes = settings.encode_on or ("decode" if decoder not in stages else "denoise")
-    return Placement(encoders=(decoder if encodes == "decode" else stages[0],), denoisers=stages, decoders=(decoder,))
-
-
 def describe(settings: EngineSettings) -> str:
     """Who does what by settings that leave nothing open, such as "2 denoise, 1 encodes and decodes"."""
     placement = placement_of(settings)
     if settings.is_blockwise:
-        return _describe_stages(placement)
+        return describe_pipeline(placement)
     is_serial = len(placement.decoders) < len(placement.denoisers)
     if placement.is_disaggregated:
         kind = Kind.DISAGGREGATED
@@ -63,15 +58,6 @@ def describe(settings: EngineSettings) -> str:
     else:
         kind = Kind.SERIAL if is_serial else Kind.COLOCATED
     return Arrangement(kind=kind, placement=placement, degrees=settings.wanted).describe()
-
-
-def _describe_stages(placement: Placement) -> str:
-    """Such as "layers on 2 stages, 1 encodes and decodes"."""
-    count, (decoder, *_) = len(placement.denoisers), placement.decoders
-    stages = f"layers on {count} stages" if count > 1 else "all layers on 1 worker"
-    if decoder in placement.denoisers:
-        return stages if count == 1 else f"{stages}, the last one decodes"
-    return f"{stages}, 1 {'encodes and ' if decoder in placement.encoders else ''}decodes"
 
 
 def scheduler_of(settings: EngineSettings, placement: Placement) -> Scheduler:
