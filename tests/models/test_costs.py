@@ -193,6 +193,8 @@ def test_parameters_are_exact(name: str, open_any: Open) -> None:
     expected["vae"] = count_parameters(make_vae(adapter), "decoder.", "post_quant_conv.")
     expected |= {key: count_parameters(make_transformer(adapter)) for key in parts if key.startswith("transformer")}
     assert {component: part.weights / 4 for component, part in parts.items()} == expected
+    transformer, layers = make_transformer(adapter), adapter.layer_split().layers
+    assert parts["transformer"].layers == tuple(4 * count_parameters(transformer, f"{layer}.") for layer in layers)
     if name in BILLIONS:
         assert round(expected["transformer"] / 1e9, 3) == BILLIONS[name]
 

@@ -2,10 +2,11 @@
 
 import functools
 
+from pipedit.core import messages
 from pipedit.core.blocks import BlockPlan
 from pipedit.plan.block_scheduler import BlockJob, BlockScheduler
 from pipedit.plan.jobs import ENDS, Phase
-from tests.plan.block_ranks import SLACK, BlockRanks, Video, order_of
+from tests.plan.block_ranks import BlockRanks, Video, order_of
 
 
 def check_sound(scheduler: BlockScheduler, ranks: BlockRanks) -> None:
@@ -54,16 +55,25 @@ def _check_work(video: Video, plan: BlockPlan, ranks: BlockRanks, free: set[int]
     behind = [rank for rank, given in zip(stages, video.given, strict=True) if rank in free and given < video.given[0]]
     assert not behind, f"{behind} can follow: {video}"
     if not video.cancelled:
-        can_begin = video.given[0] > 0 or free.issuperset(stages)
+        can_begin = video.given[0] > video.start or free.issuperset(stages)
         was_given_all = video.given[0] == plan.num_operations
-        may_go_on = can_begin and not was_given_all and waiting < ranks.policy.blocks_waiting
+        is_at_cut = video.given[0] == video.cut
+        is_level = free.issuperset(stages) and video.given == [video.given[0]] * len(stages)
+        may_go_on = can_begin and not was_given_all and not is_at_cut and waiting < ranks.policy.blocks_waiting
         assert stages[0] not in free or not may_go_on, f"the first stage can go on: {video}"
-        assert ranks.decoder not in free or waiting == 0, f"blocks wait for the decoder: {video}"
+        if is_at_cut and is_level:
+            assert ranks.decoder not in free, f"the video can be saved: {video}"
+        elif not is_at_cut or not _are_saving(ranks):
+            assert ranks.decoder not in free or waiting == 0, f"blocks wait for the decoder: {video}"
+
+
+def _are_saving(ranks: BlockRanks) -> bool:
+    return any(isinstance(command, messages.SaveBlocks) for command in ranks.in_flight.values())
 
 
 def _check_waiting(job: BlockJob, video: Video, ranks: BlockRanks) -> None:
     """Finished blocks wait: below the limit when the first stage was told to go on, and those of one command."""
-    results = ranks.policy.operations(job.plan) + len(ranks.stages) + SLACK + 1
+    results = ranks.policy.operations(job.plan) + ranks.lag + 1
     most = ranks.policy.blocks_waiting - 1 + _most_finished(job.plan, results)
     assert order_of(job.plan).finished(video.results) - video.decoded <= most, f"more than {most} blocks wait: {video}"
 

@@ -9,11 +9,11 @@ from pipedit.core import messages
 from pipedit.core.blocks import BlockPlan, Prefix
 from pipedit.core.placement import Placement
 from pipedit.core.request import VideoRequest
+from pipedit.core.snapshots import Saving, Snapshot
 from pipedit.plan.block_scheduler import BlockPolicy
 from pipedit.plan.jobs import Work
 
 REQUEST = VideoRequest(prompt="x")
-SLACK = 2  # results that the first stage leaves on their way, beyond one for each stage
 ALL = 10**9  # more operations than there are
 NEVER = -1  # the epoch before the first
 
@@ -87,23 +87,36 @@ class Video:
     decoded: int = 0
     cancelled: bool = False
     failed: bool = False
+    start: int = 0  # operations in the snapshot that it began with
+    resume: Snapshot | None = None
+    cut: int | None = None  # after so many operations the next snapshot is due
 
 
 class BlockRanks:
     """`take` what the scheduler says, then `finish` it on each rank that can: this returns the rank's report.
 
-    `ahead`: so many operations a stage may be ahead of the next one before its messages wait to be taken. A rank that
+    `ahead`: so many operations a stage may be ahead of the next one before its messages wait to be taken. `lag`: so
+    many results the first stage leaves on their way, if it does not need them, before it waits. A rank that
     is `doomed` right after it took a command fails at it. What is inside a command happens as soon as it can: no answer
-    depends on when it does.
+    depends on when it does. `saving` and `resume`: of the requests that are saved, and that begin with a snapshot.
     """
 
     def __init__(
-        self, placement: Placement, plans: Mapping[str, BlockPlan], policy: BlockPolicy, *, ahead: int = 1
+        self,
+        placement: Placement,
+        plans: Mapping[str, BlockPlan],
+        policy: BlockPolicy,
+        *,
+        ahead: int = 1,
+        lag: int | None = None,
     ) -> None:
         self.placement, self.plans, self.policy, self.ahead = placement, plans, policy, ahead
+        self.lag = len(placement.denoisers) + 2 if lag is None else lag
         self.stages, self.decoder = placement.denoisers, placement.decoders[0]
         self.in_flight: dict[int, messages.Command] = {}
         self.videos: dict[str, Video] = {}
+        self.saving: dict[str, Saving] = {}
+        self.resume: dict[str, Snapshot] = {}
         self.kept: set[tuple[int, str]] = set()
         self.fresh: set[int] = set()  # took a command, and nothing has happened since
         self._set_up()
@@ -112,6 +125,10 @@ class BlockRanks:
         self.met = dict.fromkeys(self.stages, NEVER)  # the newest epoch in which the stage has come to meet the others
         self.left = dict.fromkeys(self.stages, NEVER)  # the newest one in which it has abandoned them
         self.doomed: dict[int, int] = {}  # rank -> the operation at which it fails (others than stages: any number)
+
+    def work(self, request_id: str, priority: int = 0) -> Work:
+        saving, resume = self.saving.get(request_id), self.resume.get(request_id)
+        return dataclasses.replace(work_of(self.plans[request_id], priority), saving=saving, resume=resume)
 
     # -- commands -----------------------------------------------------------------------------------------------
 
@@ -128,6 +145,8 @@ class BlockRanks:
                 self._take_blocks(command, rank)
             case messages.DecodeBlock():
                 self._take_decode(command, rank)
+            case messages.SaveBlocks():
+                self._take_save(command, rank)
             case messages.Release():
                 self._take_release(command, rank)
         self.in_flight[rank] = command
@@ -140,8 +159,23 @@ class BlockRanks:
         assert rank in (encoders if self.placement.encodes_locally else encoders[:1]), command
         assert (rank, command.request_id) not in self.kept, f"not forgotten: {command}"
         if not any(isinstance(other, messages.Encode) for other in self.in_flight.values()):
-            nothing = [0] * len(self.stages)
-            self.videos[command.request_id] = Video(given=list(nothing), run=list(nothing))
+            self.videos[command.request_id] = self._begun(command.request_id)
+
+    def _begun(self, request_id: str) -> Video:
+        resume = self.resume.get(request_id)
+        start, decoded = (0, 0) if resume is None else (resume.at, resume.decoded)
+        video = Video(
+            given=[start] * len(self.stages), run=[start] * len(self.stages), results=start, told=decoded,
+            dropped=decoded, decoded=decoded, start=start, resume=resume,
+        )  # fmt: skip
+        self._plan_cut(request_id, video, start)
+        return video
+
+    def _plan_cut(self, request_id: str, video: Video, after: int) -> None:
+        plan, saving = self.plans[request_id], self.saving.get(request_id)
+        if saving is not None:
+            cut = after + saving.every * self.policy.operations(plan)
+            video.cut = cut if plan.num_operations is None or cut < plan.num_operations else None
 
     def _take_blocks(self, command: messages.DenoiseBlocks, rank: int) -> None:
         video, stage, plan = self.videos[command.request_id], self.stages.index(rank), self.plans[command.request_id]
@@ -149,7 +183,7 @@ class BlockRanks:
         assert command.blocks == plan and not video.failed and command.request == REQUEST, command
         assert video.run[stage] == video.given[stage] == command.first < stop, f"{video} for {command}"
         if stage == 0:
-            left = ALL if total is None else total - command.first
+            left = min((ALL if end is None else end) - command.first for end in (total, video.cut))
             assert not video.cancelled, f"begun after the cancel: {command}"
             assert video.told - video.decoded < self.policy.blocks_waiting, f"too many blocks wait: {video}"
             assert command.count == min(self.policy.operations(plan), left), command
@@ -157,7 +191,9 @@ class BlockRanks:
             video.dropped = command.decoded
         else:
             assert stop <= video.given[0], f"the first stage may never do {command}"
-        if command.first == 0:
+        is_first = command.first == video.start
+        assert command.resume == (video.resume.folder if video.resume is not None and is_first else None), command
+        if is_first:
             self._check_conditioning(command, rank)
         self._check_epoch(command, video, rank)
         video.given[stage] = stop
@@ -168,7 +204,8 @@ class BlockRanks:
         assert (rank if at is None else at, command.request_id) in self.kept, f"no conditioning for {command}"
 
     def _check_epoch(self, command: messages.DenoiseBlocks, video: Video, rank: int) -> None:
-        epoch = video.epoch = command.epoch if command.first == 0 and rank == self.stages[0] else video.epoch
+        is_first = command.first == video.start
+        epoch = video.epoch = command.epoch if is_first and rank == self.stages[0] else video.epoch
         assert command.epoch == epoch, f"the others are in epoch {epoch}: {command}"
         assert epoch >= self.met[rank] and epoch > max(self.left.values()), f"links are gone: {command}, {self.left}"
         self.met[rank] = epoch if len(self.stages) > 1 else NEVER
@@ -180,6 +217,18 @@ class BlockRanks:
         assert not video.failed and not video.cancelled, f"begun after the end: {command}"
         assert command.block == video.decoded, f"{video} for {command}"
         assert self._has_latents(command), f"{video} for {command}"
+        goes_on = video.resume is not None and 0 < command.block == video.resume.decoded
+        assert command.resume == (video.resume.folder if video.resume is not None and goes_on else None), command
+
+    def _take_save(self, command: messages.SaveBlocks, rank: int) -> None:
+        video, plan = self.videos[command.request_id], self.plans[command.request_id]
+        assert rank in (*self.stages, self.decoder) and command.request == REQUEST and command.blocks == plan, command
+        assert not video.failed and not video.cancelled, f"begun after the end: {command}"
+        assert video.given == video.run == [command.at] * len(self.stages), f"not level: {video} for {command}"
+        assert command.at == video.cut and command.decoded == video.decoded, f"{video} for {command}"
+        assert command.path == self.saving[command.request_id].path(command.at), command
+        others = [other for other in self.in_flight.values() if not isinstance(other, messages.Release)]
+        assert all(isinstance(other, messages.SaveBlocks) for other in others), f"{command} while {others}"
 
     def _take_release(self, command: messages.Release, rank: int) -> None:
         video = self.videos[command.request_id]
@@ -239,7 +288,7 @@ class BlockRanks:
         video = self.videos[request_id]
         needed = video.run[0]
         if number is not None:
-            needed = max(order_of(self.plans[request_id]).needed(number), needed - len(self.stages) - SLACK)
+            needed = max(order_of(self.plans[request_id]).needed(number), needed - self.lag)
         video.results = max(video.results, min(needed, video.run[-1]))
         return video.results >= needed
 
@@ -292,11 +341,24 @@ class BlockRanks:
             case messages.DecodeBlock():
                 video.decoded += 1
                 return messages.BlockDecoded(request_id=request_id, rank=rank, block=command.block)
+            case messages.SaveBlocks():
+                return self._saved(command, video, rank)
         assert isinstance(command, messages.Release)
         if command.failed:
             self._leave(rank)
         self._forget(rank, request_id)
         return messages.Released(request_id=request_id, rank=rank)
+
+    def _saved(self, command: messages.SaveBlocks, video: Video, rank: int) -> messages.Event:
+        told = 0
+        if rank == self.stages[0]:
+            video.results = command.at
+            told = video.told = order_of(command.blocks).finished(command.at)
+        if not any(isinstance(other, messages.SaveBlocks) for other in self.in_flight.values()):
+            self._plan_cut(command.request_id, video, command.at)
+        return messages.BlocksSaved(
+            request_id=command.request_id, rank=rank, at=command.at, num_bytes=100 + rank, finished=told
+        )
 
     def fail(self, rank: int) -> messages.Event:
         """The rank fails as far as it has come."""

@@ -13,8 +13,8 @@ from pipedit.core.placement import Placement
 from pipedit.plan.block_scheduler import BlockJob, BlockPolicy, BlockScheduler
 from pipedit.plan.jobs import Phase
 from tests.plan.block_checks import check_rest, check_sound
-from tests.plan.block_ranks import ALL, REQUEST, BlockRanks, plan_of, work_of
-from tests.plan.exploration import Move, Rules, explore
+from tests.plan.block_ranks import ALL, REQUEST, BlockRanks, plan_of
+from tests.plan.exploration import Move, Rules, explore, is_acyclic
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -40,8 +40,8 @@ def moves(world: World) -> Iterator[Move]:
         check_rest(world.scheduler, ranks)
     if world.unseen == world.batch:
         return
-    if any(_is_at_horizon(world, request_id) for request_id in ranks.videos):
-        yield from (("cancel", request_id) for request_id in ranks.videos)
+    if endless := [request_id for request_id in ranks.videos if _is_at_horizon(world, request_id)]:
+        yield "stop", endless[0]
         return
     for rank in sorted(ranks.in_flight):
         if ranks.can_finish(rank):
@@ -92,8 +92,8 @@ def make(world: World, move: Move) -> None:
             scheduler.receive(ranks.fail(what))
         case "submit":
             world.coming.remove(what)
-            scheduler.submit(what, REQUEST, work_of(ranks.plans[what]))
-        case "cancel":
+            scheduler.submit(what, REQUEST, ranks.work(what))
+        case "cancel" | "stop":
             scheduler.cancel(what)
             if what in ranks.videos:
                 ranks.videos[what].cancelled = True
@@ -106,7 +106,7 @@ def make(world: World, move: Move) -> None:
 # -- states that behave alike are one --------------------------------------------------------------------------------
 
 _NO_MATTER = frozenset(
-    "request work plans placement policy blocks ahead stages decoder horizon "
+    "request work plans placement policy blocks ahead lag stages decoder horizon "
     "_placement _policy _stages _decoder _submitted "
     "number done in_flight seconds unit_s text_tokens decoders attempts".split()  # a block job does not use these
 )
@@ -147,6 +147,7 @@ PLACEMENTS = {
     "3, the middle decodes": Placement(encoders=(2,), denoisers=(0, 1, 2), decoders=(1,)),
     "3, the last decodes": Placement(encoders=(0,), denoisers=(0, 1, 2), decoders=(2,)),
     "3 + 1": Placement(encoders=(3,), denoisers=(0, 1, 2), decoders=(3,)),
+    "2 + 1 + 1": Placement(encoders=(3,), denoisers=(0, 1), decoders=(2,)),
 }
 
 
@@ -166,13 +167,14 @@ def look_around(
     at_once: bool = True,
     batch: int = 1,
     waiting: int = 1,
+    lag: int = 1,
 ) -> Explored:
     """Videos a, b, ... of these plans, which come at once or at any time."""
     placement, policy = PLACEMENTS[name], BlockPolicy(piece=piece, blocks_waiting=waiting, patience=1)
     named = dict(zip("abc", plans, strict=False))
     world = World(
         scheduler=BlockScheduler(placement, policy),
-        ranks=BlockRanks(placement, named, policy, ahead=ahead),
+        ranks=BlockRanks(placement, named, policy, ahead=ahead, lag=lag),
         coming=list(named),
         troubles=troubles,
         batch=batch,
@@ -194,16 +196,104 @@ def _sights(world: World) -> Iterator[str]:
     ranks = world.ranks
     for request_id, video in ranks.videos.items():
         job = world.scheduler._jobs[request_id]
-        if job.cancel_wanted and not job.is_level:
-            yield "cancelled in between"
+        if video.cancelled and not video.failed and max(video.given) == video.run[0] > min(video.given):
+            yield "brought level"
         if job.failure is not None and not job.is_over:
             yield "failed and not over"
         if ranks.policy.blocks_waiting == video.told - video.decoded and video.given[0] != job.plan.num_operations:
             yield "held back"
-        if job.decoding and any(isinstance(other, messages.DenoiseBlocks) for other in ranks.in_flight.values()):
+        kinds = {type(command) for command in ranks.in_flight.values()}
+        if {messages.DecodeBlock, messages.DenoiseBlocks} <= kinds:
             yield "decoded meanwhile"
 
 
-@pytest.mark.parametrize("piece", [1])
-def test_x(piece: int) -> None:
-    look_around("1", plan_of(1, 1, Prefix.RERUN), piece=ALL)
+# -- looking around ----------------------------------------------------------------------------------------------------
+
+LONG = "3, the last decodes"
+SMALL = [name for name in PLACEMENTS if not name.startswith("3")]
+BAD_ENDS = {Phase.CANCELLED, Phase.FAILED}
+OTHER_RANKS = {name for name in PLACEMENTS if len(PLACEMENTS[name].world) > 1}
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_one_video_in_every_order(name: str) -> None:
+    """With commands of all sizes; `lag` and `ahead` are how little, or much, the stages wait for each other."""
+    everything = [
+        look_around(name, plan_of(2, 1), piece=1),
+        look_around(name, plan_of(1, 2), piece=1),
+        look_around(name, plan_of(3, 3), piece=1 if name in SMALL else 4),
+        look_around(name, plan_of(3, 3, Prefix.RERUN), piece=2 if name in SMALL else 3, ahead=9, lag=9, waiting=2),
+        look_around(name, plan_of(3, 3), piece=ALL),
+    ]
+    assert all(Phase.DONE in explored.phases and not BAD_ENDS & explored.phases for explored in everything)
+    if name in SMALL:
+        assert "held back" in everything[2].sights
+    if name in OTHER_RANKS:
+        assert any("decoded meanwhile" in explored.sights for explored in everything)
+
+
+def check_trouble(name: str, explored: Explored, *sights: str) -> None:
+    """An exploration that leaves something out proves nothing."""
+    assert {Phase.DONE, *BAD_ENDS} <= explored.phases
+    if len(PLACEMENTS[name].denoisers) > 1:
+        assert {"failed and not over", *sights} <= explored.sights
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_one_trouble_at_every_point(name: str) -> None:
+    """A cancel, a rank that fails at any operation or at anything else, or the loss of all workers."""
+    check_trouble(name, look_around(name, plan_of(2, 2), piece=2, ahead=2, troubles=1), "brought level")
+
+
+@pytest.mark.parametrize("name", ["1 + 1", "2, the last decodes"])
+def test_one_trouble_where_blocks_wait(name: str) -> None:
+    check_trouble(name, look_around(name, plan_of(3, 1), piece=1, lag=0, troubles=1), "held back", "brought level")
+
+
+def test_one_trouble_where_stages_wait_for_others_than_their_neighbours() -> None:
+    check_trouble(LONG, look_around(LONG, plan_of(1, 2), piece=ALL, troubles=1))
+
+
+@pytest.mark.parametrize("name", ["1 + 1", "2, the last decodes"])
+def test_one_trouble_and_the_next_video(name: str) -> None:
+    check_trouble(name, look_around(name, plan_of(1, 1), plan_of(1, 1), piece=1, troubles=1))
+
+
+@pytest.mark.parametrize("name", ["1 + 1", "2, the last decodes"])
+def test_two_troubles_at_all_points(name: str) -> None:
+    check_trouble(name, look_around(name, plan_of(2, 1), troubles=2))
+
+
+@pytest.mark.parametrize("name", ["1 + 1", "2, the last decodes"])
+def test_an_endless_video_until_something_happens(name: str) -> None:
+    explored = look_around(name, plan_of(None, 2), piece=2, troubles=1)
+    assert Phase.DONE not in explored.phases
+    assert explored.phases >= BAD_ENDS
+    assert "held back" in explored.sights
+
+
+def test_videos_that_come_at_any_time() -> None:
+    """And answers come alone or two at a time."""
+    explored = look_around("2 + 1", plan_of(1, 1), plan_of(1, 1), at_once=False, batch=2)
+    assert Phase.DONE in explored.phases and not BAD_ENDS & explored.phases
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_longer_stories(name: str) -> None:
+    for piece in (1, 2, ALL):
+        look_around(name, plan_of(3, 3), piece=piece, batch=2)
+        check_trouble(name, look_around(name, plan_of(2, 2), piece=piece, troubles=1))
+    check_trouble(name, look_around(name, plan_of(3, 1), piece=1, troubles=1, ahead=2, lag=0), "held back")
+    check_trouble(name, look_around(name, plan_of(2, 1), plan_of(1, 1), troubles=1, at_once=name not in SMALL))
+    if name in SMALL:
+        check_trouble(name, look_around(name, plan_of(2, 2, Prefix.RERUN), piece=2, troubles=2, ahead=9, lag=9))
+        check_trouble(name, look_around(name, plan_of(1, 1), plan_of(1, 1), troubles=2))
+        check_trouble(name, look_around(name, plan_of(2, 2), piece=2, troubles=1, batch=2))
+    else:
+        look_around(name, plan_of(None, 2), piece=3, troubles=1)
+
+
+def test_circles_are_found() -> None:
+    assert is_acyclic([[1, 2], [2], []])
+    assert not is_acyclic([[1], [2], [1]])

@@ -50,6 +50,11 @@ class CancelledError(PipeditError):
     """The request was cancelled before it was done."""
 
 
+class SnapshotError(PipeditError):
+    """A run cannot be saved, or what was saved of one is torn, foreign, or of something else. The message names the
+    file and says what to do."""
+
+
 class WorkerError(PipeditError):
     """A worker failed while it handled a command."""
 

@@ -88,7 +88,8 @@ class DenoiseBlocks(Exchanging):
     pipeline. Every stage gets such commands for itself, and they wait for each other inside them.
 
     Before the first one the conditioning is fetched as in Denoise. `decoded`: so many blocks have reached the decoder
-    and need no longer be kept.
+    and need no longer be kept. `resume`: the video goes on from this snapshot (see SaveBlocks), which was taken at
+    `first` operations.
     """
 
     first: int
@@ -96,16 +97,32 @@ class DenoiseBlocks(Exchanging):
     blocks: BlockPlan
     conditioning_at: int | None = None
     decoded: int = 0
+    resume: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeBlock(Exchanging):
     """Fetch the clean latents of block number `block` from the rank `latents_at`, and decode whatever can be decoded
-    now. Blocks come in order."""
+    now. Blocks come in order. `resume`: decoding goes on from this snapshot (see SaveBlocks), which was taken when
+    `block` blocks were decoded."""
 
     block: int
     blocks: BlockPlan
     latents_at: int
+    resume: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SaveBlocks(Command):
+    """Write everything that the rank needs to go on with the video from here into its file of a snapshot, the folder
+    `path`: the denoising after `at` operations, which all stages have run and none has exceeded, and the decoding of
+    `decoded` blocks. Nobody is at work on the video meanwhile."""
+
+    request: VideoRequest
+    blocks: BlockPlan
+    path: str
+    at: int
+    decoded: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +186,15 @@ class BlockDecoded(Event):
 
     block: int
     frames: "np.ndarray[Any, np.dtype[np.uint8]] | None" = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlocksSaved(Event):
+    """The rank's file of a snapshot is whole and on disk, `num_bytes` long. `finished` as in BlocksDone."""
+
+    at: int
+    num_bytes: int
+    finished: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -216,8 +216,8 @@ class Engine:
         )
 
     def cancel(self, request_id: str) -> None:
-        """Stops the request within one step, or 0.1 s where steps are shorter; in dualparal within one pass over the blocks
-        in flight. Its last update is then Cancelled. Any thread may call it."""
+        """Stops the request within one step, or 0.1 s where steps are shorter; with dualparal within one pass over the
+        blocks in flight. Its last update is then Cancelled. Any thread may call it."""
         self._driver.cancel(request_id)
 
     def fetch(self) -> None:

@@ -279,6 +279,14 @@ class BlockStage(Protocol):
     def advance(self, state: Any, block: Any, step: int, prediction: "torch.Tensor") -> None:
         """Applies the guided prediction [1, C, f, H, W] of the block's next step, and keeps nothing of it."""
 
+    def save_block(self, state: Any, block: Any) -> dict[str, Any]:
+        """All that the block is, as a tree: dictionaries with text keys, lists, tensors, and what JSON knows. The
+        tensors are the block's own. Raises SnapshotError where that cannot be told."""
+
+    def restore_block(self, state: Any, saved: dict[str, Any]) -> Any:
+        """The block that was saved, bit by bit; its tensors become the block's, and are on `device`. Raises
+        SnapshotError for one that does not fit."""
+
 
 class DecodeStage(Protocol):
     """Clean latents -> frames, chunk by chunk in order, each once. The state belongs to one request.
@@ -312,6 +320,12 @@ class DecodeStage(Protocol):
     def chunk(self, state: Any, index: int) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
         """Frames of chunk `index`, [frames, height, width, 3] uint8. In a group, None on all ranks but the first. It
         must be ready (see `ModelAdapter.num_ready_chunks`)."""
+
+    def save(self, state: Any) -> dict[str, Any]:
+        """All that the state is, as a tree (see BlockStage.save_block). It must be of a rank that decodes alone."""
+
+    def restore(self, saved: dict[str, Any]) -> Any:
+        """The state that was saved, bit by bit, for a rank that decodes alone."""
 
 
 class ModelAdapter(abc.ABC):

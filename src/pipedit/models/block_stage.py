@@ -6,7 +6,7 @@ T text tokens, D hidden width.
 
 import abc
 from collections.abc import Sequence
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 from torch import nn
@@ -88,6 +88,13 @@ class TransformerBlockStage(abc.ABC, Generic[CourseT]):
     @torch.inference_mode()
     def advance(self, state: CourseT, block: NoisyLatents, step: int, prediction: torch.Tensor) -> None:
         block.advance(prediction, state.timesteps[step])
+
+    def save_block(self, state: CourseT, block: NoisyLatents) -> dict[str, Any]:
+        return state.save(block)
+
+    def restore_block(self, state: CourseT, saved: dict[str, Any]) -> NoisyLatents:
+        assert self.first, "only the first stage has latents"
+        return state.restore(saved)
 
     # -- forward passes ---------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from pipedit.core.request import VideoRequest
+from pipedit.models.noise_scheduler_state import restore_noise_scheduler, save_noise_scheduler
 
 CourseT = TypeVar("CourseT", bound="Course")
 Inputs = dict[str, Any]  # of a transformer's forward, by name
@@ -50,6 +51,15 @@ class Course(abc.ABC):
 
     def start(self, noise: torch.Tensor) -> NoisyLatents:
         return NoisyLatents(latents=noise, noise_scheduler=copy.deepcopy(self.noise_scheduler))
+
+    def save(self, noisy: NoisyLatents) -> dict[str, Any]:
+        """See BlockStage.save_block."""
+        noise_scheduler = save_noise_scheduler(noisy.noise_scheduler, self.noise_scheduler)
+        return {"latents": noisy.latents, "noise_scheduler": noise_scheduler}
+
+    def restore(self, saved: dict[str, Any]) -> NoisyLatents:
+        noise_scheduler = restore_noise_scheduler(saved["noise_scheduler"], self.noise_scheduler)
+        return NoisyLatents(latents=saved["latents"], noise_scheduler=noise_scheduler)
 
     @property
     @abc.abstractmethod

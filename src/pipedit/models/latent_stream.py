@@ -3,6 +3,8 @@
 Knows no model. Keeps single frames, so that nothing that is decoded can depend on how the latents were cut.
 """
 
+from typing import Any
+
 import torch
 
 
@@ -15,6 +17,23 @@ class LatentStream:
         self.is_complete = False
         self._held: dict[int, torch.Tensor] = {}  # by number of the latent frame, oldest first
         self._next_chunk = 0
+
+    def save(self) -> dict[str, Any]:
+        """As a tree (see adapter.BlockStage)."""
+        return {
+            "num_frames": self.num_frames,
+            "is_complete": self.is_complete,
+            "next_chunk": self._next_chunk,
+            "held": list(self._held.values()),
+        }
+
+    @classmethod
+    def restore(cls, saved: dict[str, Any]) -> "LatentStream":
+        stream, held = cls(), saved["held"]
+        stream.num_frames, stream.is_complete = saved["num_frames"], saved["is_complete"]
+        stream._next_chunk = saved["next_chunk"]
+        stream._held = dict(zip(range(stream.num_frames - len(held), stream.num_frames), held, strict=True))
+        return stream
 
     @property
     def held(self) -> range:

@@ -1,5 +1,6 @@
 """Noise schedulers by the class name in the checkpoint. One object per stream of latents: they carry history."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pipedit.core.errors import CheckpointError
@@ -26,6 +27,13 @@ def scheduler_problem(class_name: str | None, config: dict[str, Any]) -> str | N
         return f"noise scheduler {class_name} is not supported; supported are {', '.join(_ALLOWED)}"
     if config.get("use_dynamic_shifting"):
         return f"{class_name} with use_dynamic_shifting is not supported; no known video model is trained with it"
+    return None
+
+
+def snapshot_problem(class_name: str | None, config: Mapping[str, Any]) -> str | None:
+    """Why a run with this noise scheduler cannot be saved and gone on with, or None."""
+    if config.get("stochastic_sampling"):
+        return f"{class_name} with stochastic_sampling draws noise in every step, which cannot be saved"
     return None
 
 

@@ -10,7 +10,7 @@ D head width.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import torch
@@ -38,12 +38,18 @@ class Keep:
     stop: int
 
 
+Parts = dict[str, torch.Tensor]  # what is kept of a tensor, by name
+
+
 class _Stored(Protocol):
     def load(self, like: torch.Tensor) -> torch.Tensor:
         """As it was stored, on the device and in the type of `like`."""
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def parts(self) -> Parts: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,10 @@ class _Whole:
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
+    @property
+    def parts(self) -> Parts:
+        return {"whole": self.tensor}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Quantized:
@@ -87,11 +97,20 @@ class _Quantized:
     def nbytes(self) -> int:
         return self.levels.nbytes + self.scales.nbytes
 
+    @property
+    def parts(self) -> Parts:
+        return {"levels": self.levels, "scales": self.scales}
+
 
 _STORE: dict[Storage, Callable[[torch.Tensor], _Stored]] = {
     Storage.DEVICE: _Whole.on_device,
     Storage.HOST: _Whole.on_host,
     Storage.INT8: _Quantized.of,
+}
+_STORE_AGAIN: dict[Storage, Callable[[Parts], _Stored]] = {  # parts that are on the device
+    Storage.DEVICE: lambda parts: _Whole(tensor=parts["whole"]),
+    Storage.HOST: lambda parts: _Whole.on_host(parts["whole"]),
+    Storage.INT8: lambda parts: _Quantized(levels=parts["levels"], scales=parts["scales"]),
 }
 
 Turn = Callable[[torch.Tensor, int], torch.Tensor]  # rotated keys [B, n, c, D], latent frames -> keys
@@ -106,7 +125,7 @@ class ContextAttention:
     """
 
     def __init__(self, turn: Turn, storage: Storage = Storage.DEVICE) -> None:
-        self._turn, self._store = turn, _STORE[storage]
+        self._turn, self._store, self._store_again = turn, _STORE[storage], _STORE_AGAIN[storage]
         self._entries: dict[Hashable, Layers] = {}
         self._takes: list[tuple[Layers, int]] = []
         self._keeps: list[tuple[Keep, Layers]] = []
@@ -124,7 +143,7 @@ class ContextAttention:
     def begin(self, takes: tuple[Take, ...], keeps: tuple[Keep, ...]) -> None:
         """A forward pass begins. Its entries are there, and no longer wait."""
         assert self._calls is None, "the forward pass before has not finished"
-        self._takes = [(self._entries.pop(take.entry), take.turned) for take in takes]
+        self._takes = [(self._pop(take.entry), take.turned) for take in takes]
         self._keeps = [(keep, []) for keep in keeps]
         self._calls = 0
 
@@ -136,6 +155,21 @@ class ContextAttention:
             assert keep.entry not in self._entries, f"nobody has read {keep.entry}"
             self._entries[keep.entry] = layers
         self._takes, self._keeps = [], []
+
+    def _pop(self, entry: Hashable) -> Layers:
+        assert entry in self._entries, f"nobody has left {entry}, or it was read before"
+        return self._entries.pop(entry)
+
+    def save(self, entry: Hashable) -> list[list[Parts]]:
+        """What an entry that waits holds, as it is stored: for each attention in order, the parts of the keys and of
+        the values. It goes on waiting."""
+        return [[stored.parts for stored in layer] for layer in self._entries[entry]]
+
+    def restore(self, entry: Hashable, saved: Sequence[Sequence[Parts]]) -> None:
+        """An entry that was saved waits again; its parts are on the device."""
+        assert entry not in self._entries, f"{entry} waits already"
+        again = self._store_again
+        self._entries[entry] = [(again(keys), again(values)) for keys, values in saved]
 
     def forget(self, is_over: Callable[[Hashable], bool]) -> None:
         """Drops the entries that nobody will read."""
@@ -156,6 +190,7 @@ class ContextAttention:
         for keep, layers in self._keeps:
             rows = slice(keep.first, keep.stop)
             layers.append((self._store(key[:, :, rows]), self._store(value[:, :, rows])))
+        assert all(number < len(layers) for layers, _ in self._takes), "more attentions than left the entry"
         given = [(layers[number], turned) for layers, turned in self._takes]
         if not given:
             return attention(query, key, value, mask)

@@ -123,6 +123,8 @@ class ParallelRuntime:
             problems = [f"{config.describe()} is for {config.world_size} workers, but there are {len(self._ranks)}"]
         elif aco is not None:
             problems = aco_problems(config, aco, self._ranks)
+        if self._context is not None:
+            problems += _context_problems(config, aco)
         if problems:
             raise InvalidRequestError(problems)
 
@@ -150,10 +152,10 @@ class ParallelRuntime:
 
     def take_keys_from(self, context: Kernel) -> None:
         """Every later attention is one call of this kernel a head chunk, which may bring keys of its own (see
-        context_attention.py): so the number of chunks is never tried out. Raises InvalidRequestError for ring
-        attention."""
-        if self.config.ring_degree > 1:
-            raise InvalidRequestError(["ring attention cannot take keys of other blocks; use Ulysses"])
+        context_attention.py): so the number of chunks is never tried out. Ring attention and helpers cannot do that:
+        this and `use` raise InvalidRequestError for them."""
+        if problems := _context_problems(self.config, self._aco):
+            raise InvalidRequestError(problems)
         self._context = context
 
     # -- what a model asks for ----------------------------------------------------------------------------------
@@ -320,6 +322,16 @@ class ParallelRuntime:
             seconds = [0.0] * len(seconds)
         values = torch.tensor(seconds, dtype=torch.float64, device=self._device)
         return [float(value) for value in mesh.everybody.max(values)]
+
+
+def _context_problems(config: ParallelConfig, aco: Aco | None) -> list[str]:
+    """Why nobody could take keys of other blocks, a sentence each."""
+    problems = []
+    if config.ring_degree > 1:
+        problems.append("ring attention cannot take keys of other blocks; use Ulysses")
+    if aco is not None:
+        problems.append("helpers have no keys of other blocks; leave attention co-processing off")
+    return problems
 
 
 def _alone(call: Call, kernel: Kernel) -> Result:

@@ -8,6 +8,9 @@ video is cancelled meanwhile: they would wait for each other. After a failure th
 each is told to let go as soon as it has no command.
 
 Finished blocks are decoded in order while later ones are denoised. One video is under way at a time.
+
+A video that is to be saved pauses now and then: the first stage is given nothing beyond the next cut, and when the
+others are there too, and the decoder has done what it is at, all of them write down what they are at.
 """
 
 import dataclasses
@@ -18,8 +21,8 @@ from pipedit.core.blocks import BlockPlan
 from pipedit.core.errors import WorkerDiedError
 from pipedit.core.placement import Placement
 from pipedit.core.request import VideoRequest
+from pipedit.core.snapshots import Snapshot
 from pipedit.plan.jobs import Job, Phase, Work
-from pipedit.plan.scheduling import Advance
 from pipedit.plan.scheduling import Advance
 from pipedit.plan.waiting_line import WaitingLine
 
@@ -35,7 +38,8 @@ class BlockPolicy:
     piece: int | None = None
 
     def __post_init__(self) -> None:
-        assert min(self.blocks_waiting, self.patience, self.piece or 1) >= 1, self
+        counts = (self.blocks_waiting, self.patience, 1 if self.piece is None else self.piece)
+        assert min(counts) >= 1, self  # else nothing would ever begin, or go on
 
     def operations(self, plan: BlockPlan) -> int:
         in_flight = plan.num_steps if plan.num_blocks is None else min(plan.num_steps, plan.num_blocks)
@@ -45,15 +49,30 @@ class BlockPolicy:
 @dataclasses.dataclass(kw_only=True)
 class BlockJob(Job):
     """`given` and `answered`: operations that each stage was told to run, and has run. Blocks are counted from 0 in
-    time: so many have been `finished`, so many were given to the decoder (`decoding` tells whether it is at work), and
-    so many were `decoded`."""
+    time: so many have been `finished`, and so many `decoded`. All count what was done before the snapshot, if any, with
+    which the job begins. `saved_at`: operations before the last snapshot; `saved`: of the one that is being made, the
+    bytes of each file."""
 
     given: dict[int, int] = dataclasses.field(default_factory=dict)
     answered: dict[int, int] = dataclasses.field(default_factory=dict)
     finished: int = 0
     decoded: int = 0
-    decoding: bool = False
     epoch: int = 0  # of its exchanges
+    saved_at: int = 0
+    saved: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def begin_denoising(self, stages: Sequence[int]) -> None:
+        self.move(Phase.ENCODED)
+        self.move(Phase.DENOISING)
+        self.given, self.answered = dict.fromkeys(stages, self.start), dict.fromkeys(stages, self.start)
+        self.saved_at = self.start
+        if self.work.resume is not None:
+            self.finished = self.decoded = self.work.resume.decoded
+
+    @property
+    def start(self) -> int:
+        """Operations that were run before this job began."""
+        return 0 if self.work.resume is None else self.work.resume.at
 
     @property
     def plan(self) -> BlockPlan:
@@ -113,7 +132,7 @@ class BlockScheduler:
             return
         del self._busy[event.rank]
         if isinstance(event, messages.CommandFailed):
-            self._epoch += 1  # whatever it was at, the rank has let go of the other stages
+            self._epoch += 1  # whatever it was at: stages let go of each other, by themselves or when they are told to
         job = self._jobs.get(event.request_id)
         if job is not None and not job.is_over:
             self._note(job, command, event)
@@ -144,20 +163,26 @@ class BlockScheduler:
         return self._jobs[request_id]
 
     def speaks(self, event: messages.Event) -> bool:
-        """See scheduling.Scheduler: the first stage tells for all of them."""
-        speaker = self._stages[0] if isinstance(event, messages.BlocksDone) else event.rank
-        return event.rank == speaker
+        """See scheduling.Scheduler: the first stage tells for all of them, and the first encoder."""
+        match self._answered_by(event):
+            case messages.Encode():
+                return event.rank == self._placement.encoders[0]
+            case messages.DenoiseBlocks() | messages.SaveBlocks():
+                return event.rank == self._stages[0]
+            case messages.DecodeBlock():
+                return True
+        return False
 
     def advance(self, event: messages.Event) -> Advance | None:
         """See scheduling.Scheduler. A unit of denoising is one step of one block."""
-        job = self._jobs[event.request_id]
+        plan = self._jobs[event.request_id].plan
         match event:
             case messages.Encoded():
                 return Advance(stage="encode", what="encode", done=1, total=1)
-            case messages.BlocksDone() if event.rank == self._stages[0]:
-                return Advance(stage="denoise", what="step", done=event.done, total=job.plan.num_operations)
+            case messages.BlocksDone():
+                return Advance(stage="denoise", what="step", done=event.done, total=plan.num_operations)
             case messages.BlockDecoded():
-                return Advance(stage="decode", what="decode", done=event.block + 1, total=job.plan.num_blocks)
+                return Advance(stage="decode", what="decode", done=event.block + 1, total=plan.num_blocks)
         return None
 
     def forget(self, request_id: str) -> None:
@@ -174,29 +199,6 @@ class BlockScheduler:
     def is_idle(self) -> bool:
         """No request is under way and no rank owes an answer."""
         return not self._busy and not self._to_release and self._live == 0
-
-    def speaks(self, event: messages.Event) -> bool:
-        """See scheduling.Scheduler."""
-        match self._answered_by(event):
-            case messages.Encode():
-                return event.rank == self._placement.encoders[0]
-            case messages.DenoiseBlocks():
-                return event.rank == self._stages[0]
-            case messages.DecodeBlock():
-                return True
-        return False
-
-    def advance(self, event: messages.Event) -> Advance | None:
-        """See scheduling.Scheduler."""
-        plan = self._jobs[event.request_id].plan
-        match event:
-            case messages.Encoded():
-                return Advance(stage="encode", what="encode", done=1, total=1)
-            case messages.BlocksDone():
-                return Advance(stage="denoise", what="block", done=event.done, total=plan.num_operations)
-            case messages.BlockDecoded():
-                return Advance(stage="decode", what="decode", done=event.block + 1, total=plan.num_blocks)
-        return None
 
     def _answered_by(self, event: messages.Event) -> messages.Command | None:
         command = self._busy.get(event.rank)
@@ -221,11 +223,14 @@ class BlockScheduler:
         job = self._current
         if job is None:
             yield from self._begin()
+        elif job.phase is Phase.DENOISING and self._is_at_cut(job):
+            yield from self._save(job)
         elif job.phase is Phase.DENOISING:
             yield from self._decode(job)  # first: a rank that does both lets nobody wait for finished frames
             yield from self._denoise(job)
 
     def _begin(self) -> Iterator[messages.Command]:
+        """The next video, as soon as its prompt can be encoded: until then a more urgent one may come."""
         encoders, encodes_locally = self._placement.encoders, self._placement.encodes_locally
         ranks = encoders if encodes_locally else encoders[:1]
         if not self._queue or any(rank in self._busy for rank in ranks):
@@ -238,9 +243,9 @@ class BlockScheduler:
             yield self._give(messages.Encode(request_id=job.request_id, ranks=(rank,), request=job.request), job)
 
     def _denoise(self, job: BlockJob) -> Iterator[messages.Command]:
-        if not any(job.given.values()):
+        if all(given == job.start for given in job.given.values()):
             if any(rank in self._busy for rank in self._stages):
-                return  # in their first commands they meet, and one that is not there cannot tell others of a failure
+                return  # they meet in their first commands: one that is not there could not let go of the others
             job.epoch = self._epoch
         for rank in self._stages:
             if rank not in self._busy and (count := self._next_piece(job, rank)):
@@ -257,8 +262,8 @@ class BlockScheduler:
             return min(most, job.given[lead] - job.given[rank])
         if job.cancel_wanted or job.finished - job.decoded >= self._policy.blocks_waiting:
             return 0
-        total = job.plan.num_operations
-        return most if total is None else min(most, total - job.given[rank])
+        ends = [end for end in (job.plan.num_operations, self._next_cut(job)) if end is not None]
+        return min([most, *(end - job.given[rank] for end in ends)])
 
     def _piece(self, job: BlockJob, rank: int, first: int, count: int) -> messages.DenoiseBlocks:
         return messages.DenoiseBlocks(
@@ -271,12 +276,13 @@ class BlockScheduler:
             blocks=job.plan,
             conditioning_at=job.encoded_at,
             decoded=job.decoded,
+            resume=job.work.resume.folder if job.work.resume is not None and first == job.start else None,
         )
 
     def _decode(self, job: BlockJob) -> Iterator[messages.Command]:
-        if job.is_stopping or job.decoding or self._decoder in self._busy or job.finished == job.decoded:
+        if job.is_stopping or self._decoder in self._busy or job.finished == job.decoded:
             return
-        job.decoding = True
+        resume = job.work.resume
         command = messages.DecodeBlock(
             request_id=job.request_id,
             ranks=(self._decoder,),
@@ -285,8 +291,51 @@ class BlockScheduler:
             block=job.decoded,
             blocks=job.plan,
             latents_at=self._stages[0],
+            resume=resume.folder if resume is not None and 0 < job.decoded == resume.decoded else None,
         )
         yield self._give(command, job)
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    def _next_cut(self, job: BlockJob) -> int | None:
+        """After so many operations the video is saved. What is done by then is not."""
+        saving, total = job.work.saving, job.plan.num_operations
+        if saving is None:
+            return None
+        cut = job.saved_at + saving.every * self._policy.operations(job.plan)
+        return cut if total is None or cut < total else None
+
+    def _is_at_cut(self, job: BlockJob) -> bool:
+        return not job.is_stopping and job.is_level and job.given[self._stages[0]] == self._next_cut(job)
+
+    def _save(self, job: BlockJob) -> Iterator[messages.Command]:
+        """The decoder comes to the end of what it is at; then it begins nothing before all have been saved."""
+        ranks, saving, at = sorted({*self._stages, self._decoder}), job.work.saving, job.given[self._stages[0]]
+        if saving is None or any(rank in self._busy for rank in ranks) or job.awaited:
+            return
+        job.awaited, job.saved = set(ranks), {}
+        for rank in ranks:
+            command = messages.SaveBlocks(
+                request_id=job.request_id,
+                ranks=(rank,),
+                request=job.request,
+                blocks=job.plan,
+                path=saving.path(at),
+                at=at,
+                decoded=job.decoded,
+            )
+            yield self._give(command, job)
+
+    def _note_saved(self, job: BlockJob, command: messages.SaveBlocks, event: messages.BlocksSaved) -> None:
+        job.awaited.discard(event.rank)
+        job.saved[event.rank] = event.num_bytes
+        if event.rank == self._stages[0]:
+            job.finished = event.finished
+        if not job.awaited:
+            job.saved_at = command.at
+            job.snapshot = Snapshot(
+                folder=command.path, at=command.at, decoded=command.decoded, num_bytes=dict(job.saved)
+            )
 
     def _give(self, command: messages.Command, job: BlockJob | None = None) -> messages.Command:
         (rank,) = command.ranks
@@ -306,16 +355,15 @@ class BlockScheduler:
             case messages.Encode(), _:
                 job.awaited.discard(event.rank)
                 if not job.awaited:
-                    job.move(Phase.ENCODED)
-                    job.move(Phase.DENOISING)
-                    job.given = dict.fromkeys(self._stages, 0)
-                    job.answered = dict.fromkeys(self._stages, 0)
+                    job.begin_denoising(self._stages)
             case messages.DenoiseBlocks(), messages.BlocksDone():
                 job.answered[event.rank] = event.done
                 if event.rank == self._stages[0]:
                     job.finished = event.finished
             case messages.DecodeBlock(), _:
-                job.decoding, job.decoded = False, command.block + 1
+                job.decoded = command.block + 1
+            case messages.SaveBlocks(), messages.BlocksSaved():
+                self._note_saved(job, command, event)
 
     def _settle(self, job: BlockJob) -> None:
         """Ends a job that is to end, as soon as no rank is at work on it."""
@@ -323,7 +371,7 @@ class BlockScheduler:
             if job.cancel_wanted:
                 self._end(job, Phase.CANCELLED)
             return
-        if job.failure is not None:  # others may wait for a rank that has no command: it has to let go of them at once
+        if job.failure is not None:  # others may wait for a rank that is free, and that is not given what they wait for
             self._release(job, [rank for rank in job.holders if rank not in self._busy])
         if any(command.request_id == job.request_id for command in self._busy.values()):
             return

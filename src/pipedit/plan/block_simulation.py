@@ -1,25 +1,15 @@
-"""When the ops of a block plan run on a ring of stages: virtual time for any order, and what follows from it.
-
-Each stage takes the ops in the order given and begins one as soon as it is free and has what the op needs: the hidden
-states of the stage before, on the first stage the results (see block_schedule.Kind). Features never have to be waited
-for, since every stage runs the maker before the user. Transfers run beside the work and do not hold their sender up.
-"""
+"""What follows from an order of ops on a ring of stages: times for all of them, idle stages, blocks in flight. When an
+op begins and ends is the business of block_clock."""
 
 import dataclasses
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from pipedit.core.blocks import BlockPlan, Kind, Op
 from pipedit.core.placement import Role
 from pipedit.core.spans import Span
+from pipedit.plan.block_clock import RingClock, RingTimes, SecondsOf, one_slot
 from pipedit.plan.durations import STEP
-
-SecondsOf = Callable[[int, Op], float]  # stage, op
-
-
-def one_slot(_stage: int, _op: Op) -> float:
-    """All stages take equally long for everything: seconds are then slots."""
-    return 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,22 +59,19 @@ def time_order(
 ) -> Iterator[TimedOp]:
     """Each op of a legal order with its times, lazily: endless orders take constant memory. `hand_over_s` passes from
     the end of an op on one stage to its arrival on the next, and from the last stage to the first."""
-    free_s: list[float] = [0] * depth
-    results: dict[int, tuple[int, float]] = {}  # block -> its last step, and when that result was or will be back
+    clock = RingClock(plan, depth, RingTimes(seconds_of=seconds_of, hand_over_s=hand_over_s))
     for op in order:
-        needed = [d.maker for d in plan.dependencies(op) if d.kind == Kind.RESULT]
-        assert all(results[maker.block][0] == maker.step for maker in needed), f"{op} is out of turn"
-        at_s = max((results[maker.block][1] for maker in needed), default=0)
-        starts_s = []
+        starts_s, ends_s = [], []
         for stage in range(depth):
-            start_s = max(free_s[stage], at_s)
-            free_s[stage] = start_s + seconds_of(stage, op)
-            starts_s.append(start_s)
-            at_s = free_s[stage] + (hand_over_s if depth > 1 else 0)
-        results[op.block] = op.step, at_s
+            passes = clock.run(stage, op)
+            assert passes is not None, f"{op} is out of turn"
+            starts_s.append(passes[0][0])
+            ends_s.append(passes[-1][1])
+        result_s = clock.result_at(op)
+        assert result_s is not None
+        yield TimedOp(op=op, starts_s=tuple(starts_s), ends_s=tuple(ends_s), result_s=result_s)
         if op.step == plan.num_steps - 1:  # the result that nobody needs any more
-            results.pop(op.block - 1 if plan.context_latents else op.block, None)
-        yield TimedOp(op=op, starts_s=tuple(starts_s), ends_s=tuple(free_s), result_s=at_s)
+            clock.forget(op.block - 1 if plan.context_latents else op.block)
 
 
 def simulate_order(

@@ -72,10 +72,17 @@ class SharedAttention:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PartBytes:
-    """Bytes of one part of the model while it is resident, in the precision it is loaded in."""
+    """Bytes of one part of the model while it is resident, in the precision it is loaded in.
+
+    `working`: the largest extra memory while it computes, for the request at hand; `attending`: that while it is in a
+    self-attention, which more keys and values may come to. `layers`: of `weights`, those of each layer, where the part
+    falls apart into layers that a rank can hold alone.
+    """
 
     weights: int
-    working: int  # the largest extra memory while it computes, for the request at hand
+    working: int
+    attending: int = 0
+    layers: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

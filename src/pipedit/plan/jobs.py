@@ -8,6 +8,7 @@ from pipedit.core import messages
 from pipedit.core.blocks import BlockPlan
 from pipedit.core.parallel import ParallelConfig
 from pipedit.core.request import VideoRequest
+from pipedit.core.snapshots import Saving, Snapshot
 
 
 class Phase(enum.StrEnum):
@@ -44,7 +45,8 @@ class Work:
     The denoisers share each step as `parallel` says. `num_chunks`: with one decoder; `num_chunks_spread`: where all
     decoders share each chunk (None: as many). `heads`: attention heads that may be dealt out to helpers, 0 where they
     may not. `shape`: equal for requests whose steps take equally long. Higher `priority` goes first. `blocks`: the
-    video is made block by block.
+    video is made block by block; only then, `saving` tells where it is saved on the way, and `resume` from where it
+    goes on.
     """
 
     num_steps: int
@@ -55,6 +57,8 @@ class Work:
     shape: Hashable = None
     priority: int = 0
     blocks: BlockPlan | None = None
+    saving: Saving | None = None
+    resume: Snapshot | None = None
 
     def chunks(self, decoders: int) -> int:
         return self.num_chunks if decoders == 1 or self.num_chunks_spread is None else self.num_chunks_spread
@@ -83,6 +87,7 @@ class Job:
     is_promoted: bool = False  # overtaken too often: goes before everything now
     cancel_wanted: bool = False
     failure: messages.CommandFailed | None = None  # the first one
+    snapshot: Snapshot | None = None  # the newest one that is whole
 
     def order(self) -> tuple[bool, int, int]:
         """The smaller, the earlier its turn. Promoted ones go by age alone, so that none of them waits for ever."""

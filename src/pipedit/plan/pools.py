@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 
 from pipedit.core import messages
+from pipedit.core.blocks import BlockPlan, Op
 from pipedit.core.placement import Placement
 from pipedit.core.request import VideoRequest
+from pipedit.plan.block_clock import RingTimes
 from pipedit.plan.durations import Durations
 from pipedit.plan.jobs import Work
 from pipedit.plan.scheduler import Policy
@@ -15,10 +17,11 @@ _REQUEST = VideoRequest(prompt="")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Service:
-    """One kind of request, as a replica serves it."""
+    """One kind of request, as a replica serves it. `ring`: what the stages take, where `work` is in blocks."""
 
     work: Work
     durations: Durations
+    ring: RingTimes | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,11 @@ class Pool:
     services: Mapping[str, Service]
     policy: Policy = dataclasses.field(default_factory=Policy)
     count: int = 1
+
+    @property
+    def is_blockwise(self) -> bool:
+        """Whether videos are made block by block. The requests of a pool all are, or none."""
+        return any(service.work.blocks is not None for service in self.services.values())
 
     @property
     def num_ranks(self) -> int:
@@ -48,6 +56,8 @@ def seconds_each(placement: Placement, service: Service) -> float:
     """From one request to the next where a replica has nothing but requests of this kind: the slower group's time for
     one, and where the groups are one, the time of everything."""
     work, durations = service.work, service.durations
+    if work.blocks is not None:
+        return _seconds_in_blocks(work.blocks, service)
     encode = messages.Encode(request_id="", request=_REQUEST, ranks=placement.encoders)
     denoise = messages.Denoise(
         request_id="", request=_REQUEST, ranks=placement.denoisers, step=0, num_steps=work.num_steps,
@@ -65,3 +75,9 @@ def seconds_each(placement: Placement, service: Service) -> float:
     if placement.encodes_locally:
         return max(encode_s + denoise_s, decode_s / len(placement.decoders))
     return max(denoise_s, (encode_s + decode_s) / len(placement.decoders))
+
+
+def _seconds_in_blocks(plan: BlockPlan, service: Service) -> float:
+    """About: the first stage's steps of all blocks. There is one video at a time."""
+    assert service.ring is not None and plan.num_operations is not None
+    return service.ring.seconds_of(0, Op(0, plan.num_steps - 1)) * plan.num_operations

@@ -44,13 +44,13 @@ class PredictedDurations:
     def _before_denoising(self, command: messages.Denoise) -> list[Piece]:
         if command.step > 0:
             return []
-        fetched = [] if command.conditioning_at is None else [self._fetch(self._conditioning_bytes)]
+        fetched = [] if command.conditioning_at is None else [self.conditioning()]
         return [*fetched, *self._onload(Role.DENOISER, command)]
 
     def _before_decoding(self, command: messages.Decode) -> list[Piece]:
         if command.chunk > 0:
             return []
-        fetched = [] if command.latents_at is None else [self._fetch(self.cost.latent_bytes)]
+        fetched = [] if command.latents_at is None else [self.fetch(self.cost.latent_bytes)]
         return [*fetched, *self._onload(Role.DECODER, command)]
 
     def _steps(self, command: messages.Denoise) -> list[Piece]:
@@ -69,13 +69,14 @@ class PredictedDurations:
                 seconds.append(self.predictor.chunk_s(self.cost, min(chunk, last), ranks))
         return [Piece(what=DECODE, seconds=s, index=index) for index, s in enumerate(seconds)]
 
-    @property
-    def _conditioning_bytes(self) -> int:
-        """About: the text's embedding is as wide as the transformer."""
+    def conditioning(self) -> Piece:
+        """Fetching it from another rank. About: the text's embedding is as wide as the transformer."""
         attention = self.cost.attention
-        return 0 if attention is None else self.cost.text_tokens * attention.row_bytes * self.cost.forwards_per_step
+        row_bytes = 0 if attention is None else attention.row_bytes
+        return self.fetch(self.cost.text_tokens * row_bytes * self.cost.forwards_per_step)
 
-    def _fetch(self, num_bytes: int) -> Piece:
+    def fetch(self, num_bytes: int) -> Piece:
+        """From another rank."""
         return Piece(what=FETCH, seconds=self.predictor.hand_over_s(num_bytes), payload_bytes=num_bytes)
 
     def _onload(self, role: Role, command: messages.Command) -> list[Piece]:

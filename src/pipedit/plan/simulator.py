@@ -1,11 +1,13 @@
 """The simulator: the request scheduler of the engine on virtual time. Arrivals in; times, use and spans out.
 
 One scheduler a replica, and a router that sends each request to the replica with the least work waiting. What a run
-costs depends on its commands, not on its ranks: all ranks of a command answer in one instant.
+costs depends on its commands, not on its ranks: all ranks of a command answer in one instant. Only where videos are made
+block by block has each rank commands of its own (see simulated_stages).
 """
 
 import dataclasses
 import heapq
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -13,11 +15,14 @@ from pipedit.core import messages
 from pipedit.core.placement import Role
 from pipedit.core.request import VideoRequest
 from pipedit.core.spans import Span
-from pipedit.plan.durations import HELP, STEP, Durations, Piece
+from pipedit.plan.block_scheduler import BlockScheduler
+from pipedit.plan.durations import DECODE, HELP, STEP, Durations, Piece
 from pipedit.plan.jobs import Phase, Work
 from pipedit.plan.pools import Pool, seconds_each
 from pipedit.plan.router import Router
 from pipedit.plan.scheduler import RequestScheduler
+from pipedit.plan.scheduling import Scheduler
+from pipedit.plan.simulated_stages import SimulatedStages
 
 _REQUEST = VideoRequest(prompt="")  # the scheduler looks into no request
 
@@ -33,11 +38,13 @@ class Arrival:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Life:
-    """When a request came, when work on it began, and when its last frame was there. Seconds of virtual time."""
+    """When a request came, when work on it began, and when its first and its last frame were there. Seconds of virtual
+    time."""
 
     arrival: Arrival
     replica: int
     begun_s: float = float("nan")
+    first_frames_s: float = float("nan")
     done_s: float = float("nan")
 
     @property
@@ -88,11 +95,15 @@ class _Cost:
 
 
 class _Replica:
-    """A scheduler and the work in flight on its ranks."""
+    """A scheduler and the work in flight on its ranks. `stages`: where videos are made block by block."""
 
-    def __init__(self, pool: Pool, first_rank: int, costs: dict[object, _Cost]) -> None:
+    def __init__(self, pool: Pool, first_rank: int, costs: dict[object, _Cost], *, keep_spans: bool) -> None:
         self.pool, self.first_rank = pool, first_rank
-        self.scheduler = RequestScheduler(pool.placement, pool.policy)
+        self.scheduler: Scheduler = RequestScheduler(pool.placement, pool.policy)
+        self.stages: SimulatedStages | None = None
+        if pool.is_blockwise:
+            self.scheduler = BlockScheduler(pool.placement)
+            self.stages = SimulatedStages(pool.placement, first_rank=first_rank, keep_spans=keep_spans)
         self._costs = costs  # shared among the replicas of the pool
 
     def cost(self, command: messages.Command, kind: str) -> _Cost:
@@ -115,9 +126,10 @@ class _Simulation:
         first_rank = 0
         for pool, costs in zip(pools, self._costs, strict=True):
             for _ in range(pool.count):
-                self._replicas.append(_Replica(pool, first_rank, costs))
+                self._replicas.append(_Replica(pool, first_rank, costs, keep_spans=keep_spans))
                 first_rank += len(pool.placement.world)
-        self._agenda: list[tuple[float, int, int, messages.Command, _Cost]] = []  # when, order, replica, what ends
+        # When, order, replica, what ends, and what it has cost or its rank says.
+        self._agenda: list[tuple[float, int, int, messages.Command, _Cost | messages.Event]] = []
         self._works: dict[tuple[int, str, int], Work] = {}
         self._lives: list[Life] = []
         self._spans: list[Span] = []
@@ -135,8 +147,8 @@ class _Simulation:
                 touched[self._admit(coming.pop())] = None
             self._peak_queue = max(self._peak_queue, self._queued)
             while agenda and agenda[0][0] <= now_s:
-                _, _, number, command, cost = heapq.heappop(agenda)
-                self._answer(number, command, cost, now_s)
+                _, _, number, command, answer = heapq.heappop(agenda)
+                self._answer(number, command, answer, now_s)
                 touched[number] = None
             for number in touched:
                 self._give_out(number, now_s)
@@ -146,7 +158,7 @@ class _Simulation:
             uses=tuple(self._uses()),
             group_ranks=self._group_ranks(),
             peak_queue=self._peak_queue,
-            spans=tuple(self._spans),
+            spans=(*self._spans, *(span for r in self._replicas if r.stages is not None for span in r.stages.spans)),
         )
 
     def _admit(self, arrival: Arrival) -> int:
@@ -182,21 +194,37 @@ class _Simulation:
         if isinstance(command, messages.Encode):
             life.begun_s = now_s
             self._queued -= 1
+        if replica.stages is not None:
+            for ended in replica.stages.take(command, now_s, replica.pool.services[life.arrival.kind]):
+                if ended.has_frames and math.isnan(life.first_frames_s):
+                    life.first_frames_s = ended.at_s
+                self._note_end(ended.at_s, number, ended.command, ended.event)
+            return
         cost = replica.cost(command, life.arrival.kind)
         cost.count += 1
         if self._keeps_spans:
             self._spans += _spans(command, cost, now_s, replica.first_rank)
-        self._started += 1
-        end_s = now_s + cost.seconds + self._round_trip_s
-        heapq.heappush(self._agenda, (end_s, self._started, number, command, cost))
+        if isinstance(command, messages.Decode) and command.chunk == 0:
+            life.first_frames_s = now_s + _until_first(cost.pieces, DECODE)
+        self._note_end(now_s + cost.seconds, number, command, cost)
 
-    def _answer(self, number: int, command: messages.Command, cost: _Cost, now_s: float) -> None:
+    def _note_end(self, at_s: float, number: int, command: messages.Command, answer: _Cost | messages.Event) -> None:
+        self._started += 1
+        heapq.heappush(self._agenda, (at_s + self._round_trip_s, self._started, number, command, answer))
+
+    def _answer(
+        self, number: int, command: messages.Command, answer: _Cost | messages.Event, now_s: float
+    ) -> None:
         scheduler, request_id = self._replicas[number].scheduler, command.request_id
-        receive, timing = scheduler.receive, cost.timing
-        for rank in command.ranks:
-            receive(messages.Event(request_id=request_id, rank=rank, spans=timing))
-            timing = ()
-        if isinstance(command, messages.Decode) and (job := scheduler.job(request_id)).is_over:
+        receive = scheduler.receive
+        if isinstance(answer, messages.Event):
+            receive(answer)
+        else:
+            timing = answer.timing
+            for rank in command.ranks:
+                receive(messages.Event(request_id=request_id, rank=rank, spans=timing))
+                timing = ()
+        if isinstance(command, (messages.Decode, messages.DecodeBlock)) and (job := scheduler.job(request_id)).is_over:
             assert job.phase is Phase.DONE
             life = self._life(request_id)
             life.done_s = now_s - self._round_trip_s
@@ -212,6 +240,12 @@ class _Simulation:
                 for name, what, rank_seconds, payload_bytes in _shares(cost, group_of):
                     seconds[name, what] += rank_seconds * cost.count
                     moved[name, what] += payload_bytes * cost.count
+        for replica in (replica for replica in self._replicas if replica.stages is not None):
+            group_of = {rank: name for name, ranks in replica.pool.groups().items() for rank in ranks}
+            assert replica.stages is not None
+            for (rank, what), busy_s in replica.stages.busy_s.items():
+                seconds[group_of[rank], what] += busy_s
+                moved[group_of[rank], what] += replica.stages.payload_bytes[rank, what]
         for (name, what), rank_seconds in seconds.items():
             yield Use(group=name, what=what, rank_seconds=rank_seconds, payload_bytes=moved[name, what])
 
@@ -238,6 +272,16 @@ def _price(command: messages.Command, durations: Durations) -> _Cost:
     seconds = sum(piece.seconds for piece in pieces)
     timing = Span(request_id="", rank=0, role="", what="", start_s=0.0, end_s=seconds)
     return _Cost(pieces=pieces, seconds=seconds, timing=(timing,), ranks=command.ranks, helpers=_num_helpers(command))
+
+
+def _until_first(pieces: Sequence[Piece], what: str) -> float:
+    """Seconds until the first piece of this kind is done."""
+    seconds = 0.0
+    for piece in pieces:
+        seconds += piece.seconds
+        if piece.what == what:
+            break
+    return seconds
 
 
 def _num_helpers(command: messages.Command) -> int:

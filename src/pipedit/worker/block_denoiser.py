@@ -89,7 +89,8 @@ class _Block:
 
 
 class BlockDenoiser:
-    """`run` operations, in as many pieces as you like; after the last one, and before it is dropped, `drain`.
+    """`run` operations, in as many pieces as you like; after the last one, and before it is dropped, `drain`. In
+    between, after `drain` too, `save` tells all that another one needs to go on from there, by `restore`.
 
     `order` is the same on every stage. `noise`: of a block, for the first stage. `context` is the kernel of the
     stage's attentions, `links` lead to the other stages (`StageLinks()` where this one is alone). `depth`: the number
@@ -113,6 +114,7 @@ class BlockDenoiser:
         self._stage, self._state, self._plan, self._order, self._clock = stage, state, plan, order, clock
         self._video, self._depth, self._links, self._context, self._noise = video, depth, links, context, noise
         self._windows = Windows(plan=plan)
+        self._done = 0  # operations
         self._blocks: dict[int, _Block] = {}
         self._outstanding: collections.deque[Op] = collections.deque()  # run, and not applied yet
         self._here: collections.deque[torch.Tensor] = collections.deque()  # their results, where the stage is alone
@@ -123,10 +125,17 @@ class BlockDenoiser:
         coming = self._expected(ops)
         for op in ops:
             finished = self._prepare(op) if self._stage.first else ()
-            yield Ran(op=op, passes=self._run(op, coming), finished=finished)
+            passes = self._run(op, coming)
+            self._done += 1
+            yield Ran(op=op, passes=passes, finished=finished)
+
+    @property
+    def done(self) -> int:
+        """Operations that were run, here or before the beginning (`restore`)."""
+        return self._done
 
     def drain(self) -> tuple[FinishedBlock, ...]:
-        """Brings back what is still on its way. Nobody waits for the others to come as far."""
+        """Brings back what is still on its way. The first stage waits until the others have come as far."""
         finished = []
         while self._outstanding:
             finished += self._apply_next()
@@ -134,6 +143,35 @@ class BlockDenoiser:
             if end is not None:
                 end.flush()
         return tuple(finished)
+
+    def save(self) -> dict[str, Any]:
+        """As a tree (see adapter.BlockStage), whose tensors are in use. All stages have run the same operations, and
+        nothing is on its way."""
+        assert not self._outstanding, "drain it first"
+        synchronize(self._stage.device)  # what waits in host memory may still be on its way there
+        waiting: list[Any] = sorted(self._context.entries, key=str)
+        return {
+            "done": self._done,
+            "blocks": [
+                {"block": block, "applied": held.applied, "state": self._stage.save_block(self._state, held.state)}
+                for block, held in self._blocks.items()
+            ],
+            "entries": [
+                {"entry": list(name), "layers": self._context.save((video, *name))} for video, *name in waiting
+            ],
+        }
+
+    def restore(self, saved: dict[str, Any], to_device: Callable[[Any], Any]) -> None:
+        """Goes on where the one that was saved has been; none of its operations has been run here. `to_device` brings
+        the tensors of a part of the tree there."""
+        assert self._done == 0, "it has begun"
+        self._done = saved["done"]
+        collections.deque(itertools.islice(self._order, self._done), maxlen=0)
+        for each in saved["blocks"]:
+            state = self._stage.restore_block(self._state, to_device(each["state"]))
+            self._blocks[each["block"]] = _Block(state=state, applied=each["applied"])
+        for each in saved["entries"]:
+            self._context.restore((self._video, *each["entry"]), to_device(each["layers"]))
 
     # -- the first stage: latents -----------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 as they are finished. Knows no other requests' order and not how commands reach it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipedit.plan.block_orders import order_of
 from pipedit.plan.noise_pool import noise_indices, pool_size
 from pipedit.worker.block_denoiser import BlockDenoiser, FinishedBlock, Ran
 from pipedit.worker.run import Clock
+from pipedit.worker.snapshot_files import on_device
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 Keep = Callable[[FinishedBlock], None]
@@ -66,8 +68,14 @@ class BlockStageWork:
         """Blocks of the video under way that are finished, on the first stage."""
         return self._finished
 
-    def begin(self, request_id: str, command: messages.DenoiseBlocks, conditioning: dict[str, torch.Tensor]) -> None:
-        """Before a video's first operations."""
+    def begin(
+        self,
+        request_id: str,
+        command: messages.DenoiseBlocks,
+        conditioning: dict[str, torch.Tensor],
+        saved: dict[str, Any] | None = None,
+    ) -> None:
+        """Before a video's first operations here; `saved` tells what came before them (see `save`)."""
         request, plan = command.request, command.blocks
         self._finished = 0
         self._denoiser = BlockDenoiser(
@@ -82,6 +90,17 @@ class BlockStageWork:
             noise=BlockNoise(self._adapter, request, plan, self._stage.device),
             clock=self._clock,
         )
+        if saved is not None:
+            self._finished = saved["finished"]
+            self._denoiser.restore(saved["denoiser"], lambda tree: on_device(tree, self._stage.device))
+
+    def save(self, at: int, keep: Keep) -> dict[str, Any]:
+        """All that is needed to go on after `at` operations, which all stages have run, as a tree (see adapter.
+        BlockStage) whose tensors are in use. `keep` as in `run`."""
+        denoiser = self._denoiser
+        assert denoiser is not None and denoiser.done == at, f"not after {at} operations"
+        self._keep(denoiser.drain(), keep)
+        return {"finished": self._finished, "denoiser": denoiser.save()}
 
     def run(self, command: messages.DenoiseBlocks, keep: Keep) -> Iterator[Ran]:
         """The command's operations, each as it is done. `keep` is given every block that is finished by then."""
@@ -129,16 +148,19 @@ class BlockStageWork:
 
 class BlockNoise:
     """The noise of each block, from one pool (DualParal, section 3.3): a few latent frames, drawn from the seed on the
-    CPU, that every block uses again in another order. Blocks are asked for in order of time."""
+    CPU, that every block uses again in another order. Blocks are asked for in order of time, from any one on."""
 
     def __init__(self, adapter: ModelAdapter, request: VideoRequest, plan: BlockPlan, device: str) -> None:
         assert request.seed is not None
         one, channels, _, height, width = adapter.latent_shape(dataclasses.replace(request, num_frames=1))
         shape = (one, channels, pool_size(plan), height, width)
         self._pool = initial_noise(shape, request.seed, device)
-        self._indices = noise_indices(plan, request.seed)
+        self._indices_from = functools.partial(noise_indices, plan, request.seed)
+        self._indices: Iterator[tuple[int, ...]] | None = None
 
     def __call__(self, block: int) -> torch.Tensor:
+        if self._indices is None:
+            self._indices = self._indices_from(block)
         return self._pool[:, :, list(next(self._indices))]
 
 
@@ -149,6 +171,20 @@ class BlockDecoder:
         self._adapter, self._stage = adapter, stage
         self._state = stage.begin(request)
         self._latents = self._chunks = 0
+
+    def save(self) -> dict[str, Any]:
+        """As a tree (see adapter.BlockStage), whose tensors are in use."""
+        return {"latents": self._latents, "chunks": self._chunks, "state": self._stage.save(self._state)}
+
+    @classmethod
+    def restore(
+        cls, adapter: ModelAdapter, stage: DecodeStage, request: VideoRequest, saved: dict[str, Any]
+    ) -> "BlockDecoder":
+        """Goes on where the one that was saved has been."""
+        decoder = cls(adapter, stage, request)
+        decoder._latents, decoder._chunks = saved["latents"], saved["chunks"]
+        decoder._state = stage.restore(on_device(saved["state"], stage.device))
+        return decoder
 
     def add(self, latents: torch.Tensor, *, is_last: bool) -> Iterator[Frames]:
         """Takes the next block [1, C, f, H, W]; yields the frames that are final now. Lazy."""

@@ -4,6 +4,7 @@ of them. Answers commands like the other kind (see worker.py), and knows as litt
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from pipedit.core import messages
 from pipedit.core.blocks import Storage
 from pipedit.core.placement import Placement, Role
+from pipedit.core.snapshots import rank_file
 from pipedit.core.spans import Span
 from pipedit.models.adapter import ModelAdapter
 from pipedit.parallel.context_attention import ContextAttention
@@ -22,6 +24,7 @@ from pipedit.worker.device import peak_bytes
 from pipedit.worker.run import Clock, Run, naming_lack_of_memory, synchronize
 from pipedit.worker.settings import WorkerSettings
 from pipedit.worker.shelf import CONDITIONING, LATENTS, Shelf
+from pipedit.worker.snapshot_files import read_tree, write_tree
 from pipedit.worker.stages import Stages
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
@@ -100,6 +103,8 @@ class BlockWorker:
                 return self._run_denoise(command)
             case messages.DecodeBlock():
                 return self._run_decode(command)
+            case messages.SaveBlocks():
+                return self._run_save(command)
             case messages.Release():
                 return self._run_release(command)
         raise AssertionError(f"unknown command {command}")
@@ -117,11 +122,11 @@ class BlockWorker:
     def _run_denoise(self, command: messages.DenoiseBlocks) -> messages.Event:
         run, work = self._begin(command.request_id), self._work
         assert work is not None, f"rank {self._rank} is no stage"
-        if command.first == 0:
+        if command.first == 0 or command.resume is not None:
             source = self._rank if command.conditioning_at is None else command.conditioning_at
             with self._fetching(run, Role.DENOISER):
                 conditioning = self._shelf.fetch(source, command.request_id, CONDITIONING)
-            work.begin(command.request_id, command, conditioning)
+            work.begin(command.request_id, command, conditioning, self._saved_denoising(command))
         for block in range(command.decoded):
             self._shelf.drop_kind(command.request_id, _latents_of(block))
         for ran in work.run(command, lambda block: self._shelve(command.request_id, block)):
@@ -133,7 +138,9 @@ class BlockWorker:
         run, request_id = self._begin(command.request_id), command.request_id
         with self._fetching(run, Role.DECODER):
             fetched = self._shelf.fetch(command.latents_at, request_id, _latents_of(command.block))
-        if command.block == 0:
+        if command.resume is not None:
+            self._decoders[request_id] = self._saved_decoder(command, command.resume)
+        elif command.block == 0:
             self._decoders[request_id] = BlockDecoder(self._adapter, self._stages.decode, command.request)
         start, is_last = self._clock(), command.block + 1 == command.blocks.num_blocks
         pieces = list(self._decoders[request_id].add(fetched[LATENTS], is_last=is_last))
@@ -147,6 +154,47 @@ class BlockWorker:
         self._decoders.pop(command.request_id, None)
         self._shelf.drop(command.request_id)
         return messages.Released(request_id=command.request_id, rank=self._rank)
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    def _run_save(self, command: messages.SaveBlocks) -> messages.Event:
+        run, request_id, start = self._begin(command.request_id), command.request_id, self._clock()
+        work, decoder, finished = self._work, self._decoders.get(command.request_id), 0
+        tree: dict[str, Any] = {}
+        if work is not None:
+            tree["denoising"] = work.save(command.at, lambda block: self._shelve(request_id, block))
+            finished = work.finished
+            kinds = {block: _latents_of(block) for block in range(command.decoded, finished)}
+            shelved = {b: self._shelf.fetch(self._rank, request_id, kind)[LATENTS] for b, kind in kinds.items()}
+            tree["shelved"] = [{"block": block, "latents": latents} for block, latents in shelved.items()]
+        if decoder is not None:
+            tree["decoding"] = decoder.save()
+        path = rank_file(Path(command.path), self._rank)
+        num_bytes = write_tree(path, tree, self._label(command, at=command.at, decoded=command.decoded))
+        run.note(self._placement.roles(self._rank)[0], "save", start, command.at, num_bytes)
+        return messages.BlocksSaved(**run.answer(), at=command.at, num_bytes=num_bytes, finished=finished)
+
+    def _saved_denoising(self, command: messages.DenoiseBlocks) -> dict[str, Any] | None:
+        """What the stage was at in the snapshot that the command names; finished blocks lie on the shelf again."""
+        if command.resume is None:
+            return None
+        path = rank_file(Path(command.resume), self._rank)
+        tree = read_tree(path, self._label(command, at=command.first))
+        for each in tree["shelved"]:
+            self._shelve(command.request_id, FinishedBlock(block=each["block"], latents=each["latents"]))
+        denoising: dict[str, Any] = tree["denoising"]
+        return denoising
+
+    def _saved_decoder(self, command: messages.DecodeBlock, resume: str) -> BlockDecoder:
+        tree = read_tree(rank_file(Path(resume), self._rank), self._label(command, decoded=command.block))
+        return BlockDecoder.restore(self._adapter, self._stages.decode, command.request, tree["decoding"])
+
+    def _label(
+        self, command: messages.SaveBlocks | messages.DenoiseBlocks | messages.DecodeBlock, **counts: int
+    ) -> dict[str, Any]:
+        """What a file of a snapshot is of."""
+        video = {"request": dataclasses.asdict(command.request), "blocks": dataclasses.asdict(command.blocks)}
+        return {"rank": self._rank, "placement": dataclasses.asdict(self._placement), **video, **counts}
 
     # -- what commands have in common ---------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ _DOING = {
     messages.DenoiseBlocks: "denoising",
     messages.Decode: "decoding",
     messages.DecodeBlock: "decoding",
+    messages.SaveBlocks: "saving the run",
     messages.Release: "releasing a request",
 }
 

@@ -210,7 +210,11 @@ class HunyuanVideoAdapter(ModelAdapter):
             ),
             "transformer": PartBytes(
                 weights=transformer_costs.transformer_parameters(shape) * element,
+                layers=tuple(count * element for count in transformer_costs.layer_parameters(shape)),
                 working=transformer_costs.transformer_working_bytes(
+                    shape, tokens=layout.latent_tokens, text_tokens=layout.text_tokens, element=element
+                ),
+                attending=transformer_costs.transformer_attending_bytes(
                     shape, tokens=layout.latent_tokens, text_tokens=layout.text_tokens, element=element
                 ),
             ),

@@ -93,6 +93,16 @@ class HunyuanVideoDecodeStage:
         state.latents.release(first_latent(tiles.stop, self.vae.temporal_compression_ratio))
         return frames
 
+    def save(self, state: HunyuanVideoDecodeState) -> dict[str, Any]:
+        assert state.group is None, "a rank of a group has a part only"
+        return {"latents": state.latents.save(), "is_tiled": state.is_tiled, "overlap": state.overlap}
+
+    def restore(self, saved: dict[str, Any]) -> HunyuanVideoDecodeState:
+        latents = LatentStream.restore(saved["latents"])
+        return HunyuanVideoDecodeState(
+            group=None, latents=latents, is_tiled=saved["is_tiled"], overlap=saved["overlap"]
+        )
+
     def _begin_round(self, state: HunyuanVideoDecodeState, index: int) -> range:
         """The temporal tiles of round `index`, which must be the next one, and ready."""
         came, factor = state.latents, self.vae.temporal_compression_ratio

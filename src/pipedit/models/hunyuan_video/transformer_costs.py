@@ -55,22 +55,27 @@ def _two_layer(inputs: int, hidden: int) -> int:
     return _linear(inputs, hidden) + _linear(hidden, hidden)
 
 
-def transformer_parameters(shape: TransformerShape) -> int:
+def layer_parameters(shape: TransformerShape) -> tuple[int, ...]:
+    """Of each layer: double-stream ones, then single-stream ones."""
     d, ffn = shape.hidden, shape.ffn
     feed_forward = _linear(d, ffn) + _linear(ffn, d)
+    double = 2 * (_linear(d, 6 * d) + 4 * _linear(d, d) + 2 * shape.head_dim + feed_forward)
+    single = _linear(d, 3 * d) + 3 * _linear(d, d) + 2 * shape.head_dim + _linear(d, ffn) + _linear(d + ffn, d)
+    return (double,) * shape.double_layers + (single,) * shape.single_layers
+
+
+def transformer_parameters(shape: TransformerShape) -> int:
+    d = shape.hidden
     refiner_ffn = _REFINER_RATIO * d
     refiner = 4 * _linear(d, d) + _linear(d, refiner_ffn) + _linear(refiner_ffn, d) + 4 * d + _linear(d, 2 * d)
     text = _two_layer(_TIME_CHANNELS, d) + _two_layer(shape.text_dim, d) + _linear(shape.text_dim, d)
     time = (1 + shape.guidance_embeds) * _two_layer(_TIME_CHANNELS, d) + _two_layer(shape.pooled_dim, d)
-    double = 2 * (_linear(d, 6 * d) + 4 * _linear(d, d) + 2 * shape.head_dim + feed_forward)
-    single = _linear(d, 3 * d) + 3 * _linear(d, d) + 2 * shape.head_dim + _linear(d, ffn) + _linear(d + ffn, d)
     return (
         _linear(shape.in_channels * shape.patch, d)
         + text
         + shape.refiner_layers * refiner
         + time
-        + shape.double_layers * double
-        + shape.single_layers * single
+        + sum(layer_parameters(shape))
         + _linear(d, 2 * d)
         + _linear(d, shape.out_channels * shape.patch)
     )
@@ -118,3 +123,10 @@ def transformer_working_bytes(shape: TransformerShape, *, tokens: int, text_toke
     leaving = (8 * row + 2 * feed_forward) * element
     angles = 2 * tokens * shape.head_dim * 4
     return max(rotating, leaving) + angles
+
+
+def transformer_attending_bytes(shape: TransformerShape, *, tokens: int, text_tokens: int, element: int) -> int:
+    """In the self-attention of a single-stream layer: the two streams joined and apart, their norm, q, k, v and the
+    result, and the feed-forward half, which comes first."""
+    rows = tokens + text_tokens
+    return rows * (7 * shape.hidden + shape.ffn) * element + 2 * tokens * shape.head_dim * 4

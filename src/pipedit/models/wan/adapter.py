@@ -208,20 +208,23 @@ class WanAdapter(ModelAdapter):
         shape = transformer_costs.TransformerShape.from_config(self.layout.transformer_config)
         text_config, text = self.checkpoint.config("text_encoder"), element_bytes(precision.text_encoder)
         element, vae = element_bytes(precision.transformer), element_bytes(precision.vae)
+        tokens, text_tokens = layout.latent_tokens, layout.text_tokens
+        sizes = {
+            "tokens": tokens,
+            "text_tokens": text_tokens,
+            "timesteps": tokens if self.layout.expands_timesteps else 1,
+            "element": element,
+        }
         expert = PartBytes(
             weights=transformer_costs.transformer_parameters(shape) * element,
-            working=transformer_costs.transformer_working_bytes(
-                shape,
-                tokens=layout.latent_tokens,
-                text_tokens=layout.text_tokens,
-                timesteps=layout.latent_tokens if self.layout.expands_timesteps else 1,
-                element=element,
-            ),
+            layers=tuple(count * element for count in transformer_costs.layer_parameters(shape)),
+            working=transformer_costs.transformer_working_bytes(shape, **sizes),
+            attending=transformer_costs.transformer_attending_bytes(shape, **sizes),
         )
         return {
             "text_encoder": PartBytes(
                 weights=text_costs.umt5_parameters(text_config) * text,
-                working=text_costs.umt5_working_bytes(text_config, tokens=layout.text_tokens, element=text),
+                working=text_costs.umt5_working_bytes(text_config, tokens=text_tokens, element=text),
             ),
             "transformer": expert,
             **({"transformer_2": expert} if self.layout.has_two_experts else {}),

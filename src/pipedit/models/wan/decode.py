@@ -103,6 +103,19 @@ class WanDecodeStage:
             video = self._decode(state, WHOLE, latents, index)
         return None if video is None else to_frames(self._unpatchified(video))
 
+    def save(self, state: WanDecodeState) -> dict[str, Any]:
+        assert state.group is None, "a rank of a group has a part only"
+        return {
+            "latents": state.latents.save(),
+            "is_tiled": state.is_tiled,
+            "caches": [{"place": list(place), "cache": list(cache)} for place, cache in state.caches.items()],
+        }
+
+    def restore(self, saved: dict[str, Any]) -> WanDecodeState:
+        caches = {(each["place"][0], each["place"][1]): list(each["cache"]) for each in saved["caches"]}
+        latents = LatentStream.restore(saved["latents"])
+        return WanDecodeState(group=None, latents=latents, is_tiled=saved["is_tiled"], caches=caches)
+
     def _denormalised(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.vae.config
         dtype = next(self.vae.decoder.parameters()).dtype

@@ -38,15 +38,21 @@ class TransformerShape:
         )
 
 
-def transformer_parameters(shape: TransformerShape) -> int:
+def layer_parameters(shape: TransformerShape) -> tuple[int, ...]:
+    """Of each layer."""
     d = shape.hidden
     attention = 4 * (d * d + d) + 2 * d
     layer = 2 * attention + (2 * d if shape.cross_norm else 0) + 2 * d * shape.ffn + shape.ffn + d + 6 * d
+    return (layer,) * shape.layers
+
+
+def transformer_parameters(shape: TransformerShape) -> int:
+    d = shape.hidden
     front = shape.in_channels * shape.patch * d + d
     time = shape.freq_dim * d + d + d * d + d + d * 6 * d + 6 * d
     text = shape.text_dim * d + d + d * d + d
     back = d * shape.out_channels * shape.patch + shape.out_channels * shape.patch + 2 * d
-    return front + time + text + shape.layers * layer + back
+    return front + time + text + sum(layer_parameters(shape)) + back
 
 
 def transformer_cost(shape: TransformerShape, *, tokens: int, text_tokens: int, timesteps: int) -> TransformerCost:
@@ -74,6 +80,20 @@ def transformer_working_bytes(
     row = tokens * shape.hidden
     feeding = (4 * row + 2 * tokens * shape.ffn) * element
     adding = 5 * row * element + 3 * row * 4
-    modulation = row * (7 * element + 6 * 4) if timesteps > 1 else 0
+    beside = _beside(shape, tokens=tokens, text_tokens=text_tokens, timesteps=timesteps, element=element)
+    return max(feeding, adding) + beside
+
+
+def transformer_attending_bytes(
+    shape: TransformerShape, *, tokens: int, text_tokens: int, timesteps: int, element: int
+) -> int:
+    """In a self-attention: the residual stream, its norm, q, k, v and the result."""
+    beside = _beside(shape, tokens=tokens, text_tokens=text_tokens, timesteps=timesteps, element=element)
+    return 6 * tokens * shape.hidden * element + beside
+
+
+def _beside(shape: TransformerShape, *, tokens: int, text_tokens: int, timesteps: int, element: int) -> int:
+    """What is there through all layers: modulation, angles of the positions, the text."""
+    modulation = tokens * shape.hidden * (7 * element + 6 * 4) if timesteps > 1 else 0
     angles = 2 * tokens * (shape.hidden // shape.heads) * 4
-    return max(feeding, adding) + modulation + angles + 2 * text_tokens * shape.hidden * element
+    return modulation + angles + 2 * text_tokens * shape.hidden * element
