@@ -16,8 +16,9 @@ BENCH = LongVideoBench(
 
 
 def step(rank: int, block: int, index: int, start_s: float, end_s: float) -> Span:
-    times = {"start_s": start_s, "end_s": end_s}
-    return Span(request_id="a", rank=rank, role="denoiser", what="step", index=index, block=block, **times)
+    return Span(
+        request_id="a", rank=rank, role="denoiser", what="step", start_s=start_s, end_s=end_s, index=index, block=block
+    )
 
 
 def test_whole_sequences_are_left_out_where_they_would_take_too_long() -> None:

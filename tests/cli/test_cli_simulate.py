@@ -60,6 +60,23 @@ def test_a_trace_is_compared_with_itself_and_with_a_slower_one(cli: Cli, workloa
     assert names_in(tmp_path) == ["both.svg", "measured.json", "predicted.json", "predicted.svg", "work.csv"]
 
 
+def test_videos_block_by_block(cli: Cli, tmp_path: Path) -> None:
+    long = lines(tmp_path / "long.csv", [HEADING, "wan2.1-t2v-1.3b,480,352,161,5,1"])
+    flags = ("--strategy", "dualparal", "--decode-workers", "1", "--block-size", "4", "--context", "2")
+    ran = cli("simulate", long, *MACHINE, *flags, "--trace", "t.json", "--picture", "p.svg")
+    assert ran.code == 0, ran.err
+    assert "layers on 3 stages, 1 encodes and decodes" in ran.out
+    spans = read_trace("t.json").spans
+    assert {span.block for span in spans if span.what == "decode"} == set(range(11))
+    assert {span.rank for span in spans if span.what == "step"} == {0, 1, 2}
+    picture = Path("p.svg").read_text(encoding="utf-8")
+    assert ">blocks<" in picture
+    assert "block 10 · step 4" in picture
+    assert cli("simulate", long, *MACHINE, "--block-size", "4").errors == [
+        "replicas: block_size needs strategy dualparal"
+    ]
+
+
 def test_every_problem_at_once(cli: Cli, tmp_path: Path) -> None:
     bad = lines(tmp_path / "bad.csv", [HEADING, "wan2.1-t2v-1.3b,481,352,33,5,1", "wan2.1-t2v-1.3b,480,352,34,5,1"])
     ran = cli("simulate", bad, "--gpu", "a6001", "--trace", "no/t.json", "--picture", "x.bmp", "--grain", "-1")

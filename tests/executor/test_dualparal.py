@@ -99,11 +99,11 @@ def test_each_worker_holds_its_layers_only(tiny_folder: Folder) -> None:
     with threaded(tiny_folder("wan"), strategy="dualparal", **WAYS["2+1"], **CUT) as (_, executor):
         first, second, third = (executor.workers[rank] for rank in range(3))
         for worker, layers in ((first, 2), (second, 1)):
-            (transformer,) = worker._stages.block.modules  # type: ignore[attr-defined]
+            (transformer,) = worker._stages.block.modules
             assert (
                 len({name.split(".")[1] for name, p in transformer.named_parameters() if "blocks." in name}) == layers
             )
-        assert third._stages._block is None  # type: ignore[attr-defined]
+        assert third._stages._block is None
         assert [worker._stages._decode is not None for worker in (first, second, third)] == [False, False, True]
 
 
@@ -114,7 +114,8 @@ def test_frames_come_out_while_later_ones_are_noise(tiny_folder: Folder) -> None
     with threaded(tiny_folder("wan"), strategy="dualparal", **WAYS["1+1"], **CUT) as (engine, _):
         (request,) = engine.prepare([request_of("wan", num_frames=61)])
         engine.submit(request)
-        first, denoised, frames = None, [], 0
+        first: int | None = None
+        denoised, frames = list[int](), 0
         for update in engine.updates():
             if isinstance(update, Frames):
                 assert update.first == frames
@@ -161,7 +162,7 @@ def test_a_stage_that_fails_fails_the_video_and_the_next_is_right(
     rank: int, tiny_folder: Folder, alone: Callable[..., list[Video]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with threaded(tiny_folder("wan"), strategy="dualparal", num_workers=2, **CUT) as (engine, executor):
-        stage = executor.workers[rank]._stages.block  # type: ignore[attr-defined]
+        stage = executor.workers[rank]._stages.block
         with monkeypatch.context() as patch:
             calls = itertools.count()
             run = stage.run
@@ -180,6 +181,32 @@ def test_a_stage_that_fails_fails_the_video_and_the_next_is_right(
         assert "in mid video" in str(last.error)
         assert near(make(engine, request_of("wan")), alone("wan")[:1])
         assert nothing_is_left(executor)
+
+
+# -- prompts for stretches of time ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["wan", "hunyuan"])
+def test_prompts_change_with_time_on_any_number_of_stages(
+    kind: str, tiny_folder: Folder, alone: Callable[..., list[Video]]
+) -> None:
+    """In blocks of two latent frames, frames 0-4, 5-12 and 13-20: the second block is a joint."""
+    changing = request_of(kind, prompts_at='9:"snow on a hill"')
+    with Engine(tiny_folder(kind), device="cpu", strategy="dualparal", **CUT) as engine:
+        (expected,) = make(engine, changing)
+        (same,) = make(engine, request_of(kind, prompts_at='9:"a red ball"'))
+    with threaded(tiny_folder(kind), strategy="dualparal", **WAYS["2+1"], **CUT) as (engine, _):
+        assert near(make(engine, changing), [expected])
+    assert near([same], alone(kind)[:1])
+    assert not near([expected[13:]], [alone(kind)[0][13:]]), "the second prompt changed nothing"
+
+
+def test_prompts_that_change_need_dualparal(tiny_folder: Folder) -> None:
+    with Engine(tiny_folder("wan"), device="cpu", num_workers=1) as engine:
+        with pytest.raises(InvalidRequestError, match="prompts_at needs strategy dualparal"):
+            engine.prepare([request_of("wan", num_frames=9, prompts_at='5:"another"')])
+        with pytest.raises(InvalidRequestError, match="cannot be read from"):
+            engine.prepare([request_of("wan", num_frames=9, prompts_at="5s another")])
 
 
 # -- lengths --------------------------------------------------------------------------------------------------------

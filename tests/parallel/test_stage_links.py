@@ -1,6 +1,7 @@
 """Hops between stages: what is sent arrives in order, beside each other, and a failure is noticed on the other end."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -103,3 +104,72 @@ def test_a_stage_that_gives_up_is_noticed_by_its_neighbours(in_stages: Callable[
         return "nothing was noticed"
 
     assert in_stages(3, stage) == ["noticed", "gone", "noticed"]
+
+
+LARGE = Parcel(shapes=((16 * 2**20,),), dtype=torch.float32)  # 64 MiB: more than sockets hold
+
+
+def test_who_sends_notices_that_the_receiver_gave_up_in_the_middle(
+    in_stages: Callable[[int, Stage], list[object]],
+) -> None:
+    """gloo alone would let it wait until the group's time is over, ten minutes."""
+    tensors, begin = [torch.zeros(shape) for shape in LARGE.shapes], threading.Barrier(2, timeout=TIMEOUT_S)
+
+    def send(links: StageLinks) -> None:
+        assert links.after is not None
+        for _ in range(8):
+            links.after.send(tensors)
+
+    def stage(links: StageLinks, number: int) -> bool:
+        begin.wait()
+        if number == 1:
+            time.sleep(0.01)
+            assert links.before is not None
+            links.before.expect(LARGE)
+            return True  # its channels are abandoned
+        with pytest.raises(RuntimeError):
+            send(links)
+        return True
+
+    for _ in range(2):
+        assert in_stages(2, stage) == [True, True]
+
+
+def test_what_is_under_way_arrives_though_its_sender_gives_up(in_stages: Callable[[int, Stage], list[object]]) -> None:
+    """gloo alone would let the receiver wait for the rest of it."""
+
+    def stage(links: StageLinks, number: int) -> bool:
+        if number == 0:
+            assert links.after is not None
+            links.after.send([torch.ones(shape) for shape in LARGE.shapes])
+            return True  # its channels are abandoned
+        assert links.before is not None
+        links.before.expect(LARGE)
+        (tensor,) = links.before.take()
+        assert float(tensor.min()) == 1.0
+        return True
+
+    for _ in range(5):
+        assert in_stages(2, stage) == [True, True]
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_who_sends_keeps_no_more_than_was_expected(ahead: int, in_stages: Callable[[int, Stage], list[object]]) -> None:
+    def stage(links: StageLinks, number: int) -> int:
+        if number == 0:
+            assert links.after is not None
+            most = 0
+            for index in range(12):
+                links.after.send(message(index))
+                most = max(most, len(links.after._leaving))
+            links.after.flush()
+            return most
+        assert links.before is not None
+        for index in range(12):
+            while links.before.waiting < min(ahead, 12 - index):
+                links.before.expect(SMALL)
+            assert float(links.before.take()[0][0, 0]) == index
+        return 0
+
+    most, _ = in_stages(2, stage)
+    assert isinstance(most, int) and 1 <= most <= ahead

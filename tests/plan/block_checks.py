@@ -72,10 +72,12 @@ def _are_saving(ranks: BlockRanks) -> bool:
 
 
 def _check_waiting(job: BlockJob, video: Video, ranks: BlockRanks) -> None:
-    """Finished blocks wait: below the limit when the first stage was told to go on, and those of one command."""
-    results = ranks.policy.operations(job.plan) + ranks.lag + 1
-    most = ranks.policy.blocks_waiting - 1 + _most_finished(job.plan, results)
-    assert order_of(job.plan).finished(video.results) - video.decoded <= most, f"more than {most} blocks wait: {video}"
+    """Finished blocks wait: below the limit when the first stage was told to go on, and those of one command. A
+    snapshot may hold some, too: the first stage tells of them when it has done its first command."""
+    finished, results = order_of(job.plan).finished, ranks.policy.operations(job.plan) + ranks.lag + 1
+    found = 0 if video.resume is None else finished(video.start) - video.resume.decoded
+    most = found + ranks.policy.blocks_waiting - 1 + _most_finished(job.plan, results)
+    assert finished(video.results) - video.decoded <= most, f"more than {most} blocks wait: {video}"
 
 
 @functools.cache

@@ -187,7 +187,7 @@ class BlockRanks:
             assert not video.cancelled, f"begun after the cancel: {command}"
             assert video.told - video.decoded < self.policy.blocks_waiting, f"too many blocks wait: {video}"
             assert command.count == min(self.policy.operations(plan), left), command
-            assert video.dropped <= command.decoded <= video.decoded, f"{video} for {command}"
+            assert command.decoded == video.decoded, f"{video} for {command}"
             video.dropped = command.decoded
         else:
             assert stop <= video.given[0], f"the first stage may never do {command}"

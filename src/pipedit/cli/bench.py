@@ -298,7 +298,7 @@ def bench_long_video(
     num_inference_steps: Steps = None,
     workers: Annotated[str, typer.Option(help="Numbers of workers, separated by commas.")] = "1,2",
     block_size: Annotated[int, typer.Option(help="Latent frames in a block.")] = 8,
-    context_latents: Annotated[int, typer.Option("--context", help="Latent frames of each neighbour.")] = 4,
+    context_latents: Annotated[int, typer.Option("--context", help="Latent frames of each neighbour.")] = 8,
     whole_frames: Annotated[
         int | None, typer.Option(help="Longest video that is also made in one piece (default: all).")
     ] = None,

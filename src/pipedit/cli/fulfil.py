@@ -1,5 +1,6 @@
 """From a plan to files and a report: opens the engine, makes the videos, tells how it went."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pipedit.cli.render import Failure, Rendering, Result
 from pipedit.cli.summary import describe_workers, peak_memory, placement_as_json, summarize, try_next
 from pipedit.core.errors import PipeditError
 from pipedit.engine.engine import Engine
+from pipedit.engine.saved_run import SavedRun
 from pipedit.models.registry import EMBEDDED
 from pipedit.plan.timeline import Timeline
 from pipedit.plan.trace_file import write_trace
@@ -25,7 +27,8 @@ def fulfil(session: Session, plan: Plan, *, like: str | None, trace: str | None)
     report = session.report
     report.update(model=plan.settings.model, results=[])
     display = make_display(session.terminal)
-    with session.open_engine(plan.settings) as engine:
+    with contextlib.ExitStack() as endings:
+        engine = endings.enter_context(session.open_engine(plan.settings))
         with display.busy("getting ready"):
             # They were checked; this finds out whether they fit.
             notes = engine.notes(engine.prepare([job.request for job in plan.jobs]))
@@ -36,13 +39,16 @@ def fulfil(session: Session, plan: Plan, *, like: str | None, trace: str | None)
         if like is not None:
             _note_other_precision(session, plan, engine, like)
         engine.fetch()  # before there are bars: downloads show their own
+        if plan.run is not None:
+            endings.enter_context(engine.claim(plan.run))
+            _tell_run(session, plan.run)
         with display:
             load_start_s = time.perf_counter()
             with display.loading(plan.settings.model):
                 engine.start()
             load_s = time.perf_counter() - load_start_s  # as people wait for it: workers load at the same time
             garbage.begin()
-            rendering = Rendering(engine, plan.jobs, display)
+            rendering = Rendering(engine, plan.jobs, display, run=plan.run)
             results, failures = _run(session, rendering, display)
         timeline = _timeline(engine, rendering, plan)
         memory = peak_memory(engine.peak_bytes, engine.roles)
@@ -58,6 +64,15 @@ def fulfil(session: Session, plan: Plan, *, like: str | None, trace: str | None)
         session.terminal.say(try_next())
     if failures:
         raise typer.Exit(_tell_failures(session, failures, num_jobs=len(plan.jobs)))
+
+
+def _tell_run(session: Session, run: SavedRun) -> None:
+    """While the way out is open: a process that is killed tells nothing."""
+    session.report["checkpoint"] = str(run.folder)
+    if run.goes_on:
+        steps = 0 if run.snapshot is None else run.snapshot.at
+        session.terminal.say(f"going on after {steps} steps of blocks, with {run.num_frames} frames that are there")
+    session.terminal.say(f"if it is stopped, go on with: pipedit generate --resume {run.folder}")
 
 
 def _run(session: Session, rendering: Rendering, display: Display) -> tuple[list[Result], list[Failure]]:

@@ -61,6 +61,15 @@ def generate(
     negative_prompt: Annotated[
         str | None, option("--negative-prompt", panel=_WHAT, metavar="TEXT", help="What it should not show.")
     ] = None,
+    prompts_at: Annotated[
+        str | None,
+        option(
+            "--prompts-at",
+            panel=_WHAT,
+            metavar="TIMES",
+            help='Later prompts of a long video, with dualparal: \'30s:"a blue ball",60s:"snow"\'; without s, frames.',
+        ),
+    ] = None,
     num_frames: Annotated[
         int | None, option("--num-frames", panel=_WHAT, metavar="N", help="Frames, 4n+1 for most models.")
     ] = None,
@@ -178,7 +187,7 @@ def generate(
             "--context",
             panel=_RUN,
             metavar="N",
-            help=f"dualparal: latent frames of each neighbour that a block sees. {default('half a block')}",
+            help=f"dualparal: latent frames of each neighbour that a block sees. {default('a whole block')}",
         ),
     ] = None,
     prefix: Annotated[
@@ -249,6 +258,25 @@ def generate(
             "..., or put {index} and {seed} into the name. Without it, a name made from the prompt.",
         ),
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        option(
+            "--checkpoint", panel=_OUTPUT, metavar="DIR", help="dualparal: save the run there, to go on if it stops."
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        option(
+            "--checkpoint-every",
+            panel=_OUTPUT,
+            metavar="K",
+            help=f"So many passes over the blocks in flight between two savings. {default('10')}",
+        ),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        option("--resume", panel=_OUTPUT, metavar="DIR", help="Go on with the run that was saved there, as it was."),
+    ] = None,
     overwrite: Annotated[
         bool, switch("--overwrite", "-y", panel=_OUTPUT, help="Replace files that exist; else they are an error.")
     ] = False,
@@ -264,6 +292,7 @@ def generate(
     """Make a video from each PROMPT, given in quotes, and print the names of the files."""
     if _has_served(num_workers):
         return
+    from pipedit.cli.checkpoints import CheckpointFlags
     from pipedit.cli.order import Order, make_plan
 
     session = session_of(typer_context)
@@ -272,6 +301,7 @@ def generate(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before huggingface_hub is imported and reads it
     request_flags = {
         "negative_prompt": negative_prompt,
+        "prompts_at": prompts_at,
         "num_frames": num_frames,
         "height": height,
         "width": width,
@@ -318,6 +348,7 @@ def generate(
         output=output,
         trace=trace,
         overwrite=overwrite,
+        checkpoint=CheckpointFlags(folder=checkpoint, every=checkpoint_every, resume=resume),
     )
     if _looks_unquoted(order.prompts):
         session.terminal.note(f"{len(order.prompts)} prompts of one word each; put quotes around a longer prompt")

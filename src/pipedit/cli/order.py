@@ -7,11 +7,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from pipedit.cli.checkpoints import CheckpointFlags, new_run, resumed
 from pipedit.cli.outputs import file_problems, name_of_prompt, name_outputs, output_files, output_problems
 from pipedit.cli.prompts import dtype_of, gather_wishes, labels_of, read_like
 from pipedit.core.errors import InvalidRequestError
 from pipedit.core.request import VideoRequest
 from pipedit.engine.intake import check_input, with_seed
+from pipedit.engine.saved_run import SavedRun
 from pipedit.engine.settings import EngineSettings
 from pipedit.media import VideoMetadata
 
@@ -28,6 +30,7 @@ class Order:
     output: str | None = None
     trace: str | None = None
     overwrite: bool = False
+    checkpoint: CheckpointFlags = dataclasses.field(default_factory=CheckpointFlags)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,16 +50,22 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that is needed to begin. `like` is the metadata of the file to be like, if there is one."""
+    """Everything that is needed to begin. `like` is the metadata of the file to be like, if there is one. `run`: the
+    only job is saved on the way, and may go on from what was saved before."""
 
     settings: EngineSettings
     jobs: tuple[Job, ...]
     like: VideoMetadata | None
+    run: SavedRun | None = None
 
 
 def make_plan(order: Order) -> Plan:
     """Raises InvalidRequestError with every problem of the prompts, the settings, the model and the files."""
+    order, run, wrong_checkpoint = resumed(order)
+    if wrong_checkpoint and run is None and order.checkpoint.resume is not None:
+        raise InvalidRequestError(wrong_checkpoint)  # nothing else of the order is known
     like, problems = _read_like(order)
+    problems += wrong_checkpoint
     wishes, found = gather_wishes(order.prompts, order.prompt_file, like)
     problems += found
     if not wishes and not problems:
@@ -72,9 +81,12 @@ def make_plan(order: Order) -> Plan:
     if order.trace is not None:
         taken = {file for pair in zip(outputs, checked.requests, strict=True) for file in output_files(*pair)}
         problems += file_problems(order.trace, overwrite=order.overwrite, taken=taken)
+    if run is None and order.checkpoint.folder is not None:
+        run, found = new_run(order, checked.requests, settings)
+        problems += found
     if problems:
         raise InvalidRequestError(list(dict.fromkeys(problems)))
-    return Plan(settings=settings, jobs=_jobs(order, checked.requests, outputs, own), like=like)
+    return Plan(settings=settings, jobs=_jobs(order, checked.requests, outputs, own), like=like, run=run)
 
 
 def _jobs(

@@ -7,7 +7,7 @@ import typer
 from pipedit.cli.console import session_of
 from pipedit.cli.options import default, option, switch
 
-_WHAT, _WHERE, _OUTPUT = "What is to be made", "On which machine", "Output"
+_WHAT, _WHERE, _RUN, _OUTPUT = "What is to be made", "On which machine", "How it runs", "Output"
 EPILOG = """
 [bold]Examples[/bold]
 
@@ -15,12 +15,14 @@ pipedit plan --model hunyuanvideo --gpu a6000 --gpus 8 --width 1024 --height 576
 
 pipedit plan --model wan2.1-t2v-14b --cluster cluster.json --prompts 100 --json
 
+pipedit plan --model wan2.1-t2v-1.3b --gpu rtx4090 --num-frames 1025 --prompts 1 --strategy dualparal
+
 [dim]Figures are predicted from the model's operations and bytes and the device's rates; nothing is run.[/dim]
 """
 
 
 def plan(
-    context: typer.Context,
+    typer_context: typer.Context,
     model: Annotated[
         str | None, option("--model", "-m", panel=_WHAT, metavar="M", help="Name, folder or hub id.")
     ] = None,
@@ -65,6 +67,45 @@ def plan(
         float | None,
         option("--memory", panel=_WHERE, metavar="GIB", help=f"Free on each device. {default('all that it has')}"),
     ] = None,
+    strategy: Annotated[
+        str | None,
+        option(
+            "--strategy",
+            panel=_RUN,
+            metavar="S",
+            help="colocated, disaggregated; auto: whichever is faster; dualparal: beside them, long videos block by "
+            f"block, which are other videos. {default('auto')}",
+        ),
+    ] = None,
+    block_size: Annotated[
+        int | None,
+        option("--block-size", panel=_RUN, metavar="N", help=f"dualparal: latent frames in a block. {default('8')}"),
+    ] = None,
+    context: Annotated[
+        int | None,
+        option(
+            "--context",
+            panel=_RUN,
+            metavar="N",
+            help=f"dualparal: latent frames of each neighbour that a block sees. {default('a whole block')}",
+        ),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        option("--prefix", panel=_RUN, metavar="P", help=f"dualparal: cache or rerun. {default('both are compared')}"),
+    ] = None,
+    context_storage: Annotated[
+        str | None,
+        option(
+            "--context-storage",
+            panel=_RUN,
+            metavar="S",
+            help=f"dualparal: device, host or int8. {default('device, else what makes room')}",
+        ),
+    ] = None,
+    dualparal_compat: Annotated[
+        bool, switch("--dualparal-compat", panel=_RUN, help="dualparal: as the released code does it.")
+    ] = False,
     top: Annotated[
         int, option("--top", panel=_OUTPUT, metavar="N", help=f"How many proposals to show. {default('5')}")
     ] = 5,
@@ -72,10 +113,11 @@ def plan(
 ) -> None:
     """Predict how a machine would make videos soonest: who does what, how long it takes, what does not fit and why."""
     from pipedit.cli.plan_answer import answer
+    from pipedit.cli.plan_blocks import block_report, blocks_as_json
     from pipedit.cli.plan_question import Machine, ask
     from pipedit.cli.plan_tables import plan_as_json, plan_report
 
-    session = session_of(context)
+    session = session_of(typer_context)
     fields = {
         "width": width,
         "height": height,
@@ -91,8 +133,19 @@ def plan(
         prompts=prompts,
         top=top,
         tiling=vae_use_tiling,
+        strategy=strategy,
+        blocks={
+            "block_size": block_size,
+            "context": context,
+            "prefix": prefix,
+            "context_storage": context_storage,
+            "dualparal_compat": dualparal_compat or None,
+        },
     )
     found = answer(question)
     session.report.update(plan_as_json(found))
+    if found.blocks is not None:
+        session.report.update(dualparal=blocks_as_json(found.blocks, question))
     if not as_json:
-        session.terminal.table(plan_report(found, top))
+        report = plan_report(found, top) if found.blocks is None else block_report(found, found.blocks, top)
+        session.terminal.table(report)

@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipedit.core.blocks import Prefix, Storage
 from pipedit.core.errors import CheckpointError, InvalidRequestError
 from pipedit.core.request import VideoRequest
 from pipedit.core.units import GIB
 from pipedit.engine.hardware import cluster_of
+from pipedit.engine.settings import EngineSettings, Strategy, strategy_problems
 from pipedit.models.by_name import PlannableModel, find_model, known_names
+from pipedit.plan.arrangements import Kind
+from pipedit.plan.block_planner import BlocksAsked
 from pipedit.plan.cluster_file import read_cluster_file
 from pipedit.plan.degrees import MOST_WORKERS
 from pipedit.plan.hardware import Cluster, known_devices, make_cluster, read_cluster
@@ -36,7 +40,9 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """`given`: what the user said of the videos, as fields of VideoRequest. `tiling`: their VAE decodes in tiles."""
+    """`given`: what the user said of the videos, as fields of VideoRequest. `tiling`: their VAE decodes in tiles.
+    `kinds`: the exact ways to compare. `blocks`: videos made block by block are wanted beside them, like this; then
+    `too_long` may say why the model cannot make one in one piece."""
 
     name: str
     model: PlannableModel
@@ -46,6 +52,9 @@ class Question:
     available_bytes: int
     given: Mapping[str, Any]
     tiling: bool
+    kinds: frozenset[Kind] = frozenset(Kind)
+    blocks: BlocksAsked | None = None
+    too_long: str = ""
 
     def planned(self, request: VideoRequest) -> PlannedVideo:
         """Videos like this one instead."""
@@ -58,16 +67,36 @@ class Question:
 
 
 def ask(
-    name: str | None, given: Mapping[str, Any], machine: Machine, *, prompts: int, top: int, tiling: bool
+    name: str | None,
+    given: Mapping[str, Any],
+    machine: Machine,
+    *,
+    prompts: int,
+    top: int,
+    tiling: bool,
+    strategy: str | None = None,
+    blocks: Mapping[str, Any] | None = None,
 ) -> Question:
-    """Raises InvalidRequestError with everything that is wrong."""
-    problems = _count_problems(prompts, top, machine)
+    """`blocks`: settings of dualparal, as of EngineSettings, None where not given. Raises InvalidRequestError with all
+    that is wrong."""
+    settings = EngineSettings(
+        strategy=strategy or Strategy.AUTO,
+        num_workers=1,
+        denoise_workers=1 if strategy == Strategy.DUALPARAL else None,
+        **{setting: value for setting, value in (blocks or {}).items() if value is not None},
+    )
+    problems = _count_problems(prompts, top, machine) + _strategy_problems(settings, blocks or {})
     cluster = _collect(problems, lambda: _find_cluster(machine))
     device_type = "cpu" if cluster is not None and cluster.device.name == CPU else "cuda"
     model = _collect(problems, lambda: _find_model(name, device_type))
     request = None if model is None else model.complete(VideoRequest(prompt="", **given))
+    too_long: list[str] = []
     if model is not None and request is not None:
-        problems += model.problems(request)
+        too_long = model.problems(request)
+        seen = _seen_at_once(request, settings, model.size_rules.frame_step) if not problems else request
+        problems += model.problems(seen)
+    if model is not None and request is not None and not problems and settings.is_blockwise:
+        _collect(problems, lambda: model.in_blocks(request))
     if problems:
         raise InvalidRequestError(problems)
     assert cluster is not None and model is not None and request is not None and name is not None
@@ -81,6 +110,46 @@ def ask(
         available_bytes=memory,
         given=given,
         tiling=tiling,
+        kinds=frozenset(kind for kind in Kind if _admits(settings, kind)),
+        blocks=_blocks_asked(settings, blocks or {}) if settings.is_blockwise else None,
+        too_long="; ".join(too_long),
+    )
+
+
+def _strategy_problems(settings: EngineSettings, blocks: Mapping[str, Any]) -> list[str]:
+    if settings.strategy not in [*Strategy]:
+        return [f"--strategy {settings.strategy!r} is unknown; use {', '.join(Strategy)}"]
+    if settings.is_blockwise:
+        if blocks.get("prefix") is None and settings.dualparal_compat:
+            settings = dataclasses.replace(settings, prefix=Prefix.RERUN)
+        return strategy_problems(settings)
+    flags = [f"--{setting.replace('_', '-')}" for setting, value in blocks.items() if value is not None]
+    return [f"{' and '.join(flags)} needs --strategy dualparal"] if flags else []
+
+
+def _seen_at_once(request: VideoRequest, settings: EngineSettings, frame_step: int) -> VideoRequest:
+    """The request as the model sees it: block by block, no longer than a window. A length that is illegal stays."""
+    frames, window = request.num_frames, settings.block_size + settings.context_latents
+    if not settings.is_blockwise or frames is None or frames < 1 or (frames - 1) % frame_step:
+        return request
+    return dataclasses.replace(request, num_frames=min(frames, (window - 1) * frame_step + 1))
+
+
+def _admits(settings: EngineSettings, kind: Kind) -> bool:
+    """Whether a kind of exact arrangement may be taken. Beside dualparal, all of them may."""
+    if settings.strategy == Strategy.COLOCATED:
+        return kind.is_colocated
+    return settings.strategy != Strategy.DISAGGREGATED or not kind.is_colocated
+
+
+def _blocks_asked(settings: EngineSettings, given: Mapping[str, Any]) -> BlocksAsked:
+    prefix, storage = given.get("prefix"), given.get("context_storage")
+    return BlocksAsked(
+        block_latents=settings.block_size,
+        context_latents=settings.context_latents,
+        prefix=None if prefix is None else Prefix(prefix),
+        storage=None if storage is None else Storage(storage),
+        compat=settings.dualparal_compat,
     )
 
 

@@ -31,7 +31,7 @@ def plan_report(answer: Answer, top: int) -> RenderableType:
     """Everything, top down: the question, the proposals, what they gain, the refused, the command, the small print."""
     plan, question = answer.plan, answer.question
     best = plan.best
-    parts: list[RenderableType] = [Text(_title(answer), style="bold"), Text(_machine_text(question))]
+    parts: list[RenderableType] = [Text(title(answer), style="bold"), Text(machine_text(question))]
     if best is None:
         parts.append(Text(f"\nNothing of this can run: {answer.advice or 'see below'}.", style="bold red"))
     else:
@@ -46,7 +46,7 @@ def plan_report(answer: Answer, top: int) -> RenderableType:
     return Group(*parts)
 
 
-def _title(answer: Answer) -> str:
+def title(answer: Answer) -> str:
     (video,), question = answer.plan.videos, answer.question
     videos = "1 video" if video.count == 1 else f"{video.count} videos"
     steps = "1 step" if video.cost.num_steps == 1 else f"{video.cost.num_steps} steps"
@@ -55,7 +55,7 @@ def _title(answer: Answer) -> str:
     return f"{question.name}: {videos} of {size}, {steps}, {guided}"
 
 
-def _machine_text(question: Question) -> str:
+def machine_text(question: Question) -> str:
     cluster = question.cluster
     joined = f", joined by {cluster.link.title or cluster.link.name}" if cluster.num_devices > 1 else ""
     return (
@@ -223,15 +223,19 @@ def arrangement_flags(arrangement: Arrangement, videos: Sequence[PlannedVideo]) 
 
 def generate_command(arrangement: Arrangement, answer: Answer) -> str:
     """What runs it, with the flags that say what to make as they were given."""
-    question, several = answer.question, answer.question.count > 1
-    words = ["pipedit", "generate", *(["--prompt-file", "prompts.txt"] if several else ["PROMPT"])]
+    return shlex.join([*generate_words(answer.question), *arrangement_flags(arrangement, answer.plan.videos)])
+
+
+def generate_words(question: Question) -> list[str]:
+    """The command without the flags that say how it runs."""
+    words = ["pipedit", "generate", *(["--prompt-file", "prompts.txt"] if question.count > 1 else ["PROMPT"])]
     words += ["--model", question.name]
     for name, value in question.given.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--vae-use-tiling"] if question.tiling else []
     if (question.given.get("true_cfg_scale") or 0) > 1:
         words += ["--negative-prompt", "NEGATIVE"]
-    return shlex.join([*words, *arrangement_flags(arrangement, answer.plan.videos)])
+    return words
 
 
 def folded(command: str) -> str:

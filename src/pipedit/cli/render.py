@@ -16,10 +16,11 @@ from pipedit.core.parallel import ParallelConfig
 from pipedit.core.request import VideoRequest
 from pipedit.core.spans import Span
 from pipedit.engine.engine import Engine
+from pipedit.engine.saved_run import SavedRun
 from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Progress, Restarted, Update
 from pipedit.media import FrameWriter, open_writer
 
-STAGES = ("encode", "fetch", "onload", "denoise", "decode", "write")  # in the order of work; some may be missing
+STAGES = ("encode", "fetch", "onload", "denoise", "decode", "save", "write")  # in the order of work; some may be missing
 _STAGE_OF = {"step": "denoise"}  # kinds of spans that people know by another name
 _CONTROLLER = -1  # the rank of the process that drives the workers: it writes the files
 
@@ -76,9 +77,17 @@ class Rendering:
     """`run` it once. `spans` then holds the time that writing took, for the trace."""
 
     def __init__(
-        self, engine: Engine, jobs: Sequence[Job], display: Display, clock: Callable[[], float] = time.perf_counter
+        self,
+        engine: Engine,
+        jobs: Sequence[Job],
+        display: Display,
+        *,
+        run: SavedRun | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._engine, self._jobs, self._display, self._clock = engine, jobs, display, clock
+        """`run`: of the only job."""
+        assert run is None or len(jobs) == 1, jobs
+        self._engine, self._jobs, self._display, self._saved, self._clock = engine, jobs, display, run, clock
         self._open: dict[str, _Open] = {}
         self.spans: list[Span] = []
 
@@ -88,7 +97,11 @@ class Rendering:
             for job in self._jobs:
                 writer = self._writer(job)
                 half_written.callback(writer.abort)  # no effect on a file that is whole
-                self._open[self._engine.submit(job.request)] = _Open(job=job, writer=writer)
+                request_id = self._engine.submit(job.request, run=self._saved)
+                self._open[request_id] = _Open(job=job, writer=writer)
+                for frames in () if self._saved is None else self._saved.frames():
+                    with self._writing(request_id):
+                        writer.write(frames)
             self._begin_next()
             for update in self._engine.updates():
                 if (ending := self._take(update)) is not None:

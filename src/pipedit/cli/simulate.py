@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipedit.engine.simulation import Scenario
     from pipedit.plan.cluster_file import ClusterFile
     from pipedit.plan.outcome import Outcome
+    from pipedit.plan.pools import Service
     from pipedit.plan.timeline import Timeline
 
 _WHAT, _RUN, _OUTPUT = "What to simulate", "How it runs", "Output"
@@ -37,7 +38,7 @@ replicas: a list of objects with model, count, num_workers, strategy and other f
 
 
 def simulate(
-    context: typer.Context,
+    typer_context: typer.Context,
     workload: Annotated[str | None, typer.Argument(metavar="WORKLOAD", hidden=True)] = None,
     cluster: Annotated[
         str | None, option("--cluster", panel=_WHAT, metavar="FILE", help="Which devices there are, as JSON.")
@@ -68,7 +69,12 @@ def simulate(
     ] = None,
     strategy: Annotated[
         str | None,
-        option("--strategy", panel=_RUN, metavar="S", help=f"auto, colocated or disaggregated. {default('auto')}"),
+        option(
+            "--strategy",
+            panel=_RUN,
+            metavar="S",
+            help=f"auto, colocated, disaggregated or dualparal. {default('auto')}",
+        ),
     ] = None,
     denoise_workers: Annotated[
         int | None, option("--denoise-workers", panel=_RUN, metavar="A", help="Workers that denoise.")
@@ -89,6 +95,32 @@ def simulate(
     ] = None,
     offload: Annotated[
         bool, switch("--offload", panel=_RUN, help="Weights wait in host memory while they are not used.")
+    ] = False,
+    block_size: Annotated[
+        int | None,
+        option("--block-size", panel=_RUN, metavar="N", help=f"dualparal: latent frames in a block. {default('8')}"),
+    ] = None,
+    context: Annotated[
+        int | None,
+        option(
+            "--context",
+            panel=_RUN,
+            metavar="N",
+            help=f"dualparal: latent frames of each neighbour that a block sees. {default('a whole block')}",
+        ),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        option("--prefix", panel=_RUN, metavar="P", help=f"dualparal: cache or rerun. {default('cache')}"),
+    ] = None,
+    context_storage: Annotated[
+        str | None,
+        option(
+            "--context-storage", panel=_RUN, metavar="S", help=f"dualparal: device, host or int8. {default('device')}"
+        ),
+    ] = None,
+    dualparal_compat: Annotated[
+        bool, switch("--dualparal-compat", panel=_RUN, help="dualparal: as the released code does it.")
     ] = False,
     grain: Annotated[
         int | None,
@@ -116,7 +148,7 @@ def simulate(
 
     The request scheduler is the one that generates videos, and runs here on predicted times.
     """
-    session = session_of(context)
+    session = session_of(typer_context)
     session.terminal.quiet = quiet
     settings = {
         "num_workers": num_workers,
@@ -127,6 +159,11 @@ def simulate(
         "aco": aco,
         "decode": decode,
         "offload": offload or None,
+        "block_size": block_size,
+        "context": context,
+        "prefix": prefix,
+        "context_storage": context_storage,
+        "dualparal_compat": dualparal_compat or None,
     }
     machine = {"cluster": cluster, "gpu": gpu, "gpus": gpus, "link": link}
     given = {name: value for name, value in settings.items() if value is not None}
@@ -210,7 +247,7 @@ def _size_problems(scenario: "Scenario", picture: str | None) -> list[str]:
     spans = 0
     for arrival in scenario.arrivals:
         pool, service = services[arrival.kind]
-        spans += (service.work.num_steps + service.work.num_chunks) * len(pool.placement.world)
+        spans += _spans_of_a_rank(service) * len(pool.placement.world)
     problems = []
     if spans > _MOST_SPANS:
         problems.append(
@@ -221,6 +258,14 @@ def _size_problems(scenario: "Scenario", picture: str | None) -> list[str]:
     if picture is not None and ranks > _MOST_RANKS:
         problems.append(f"a picture of {ranks} devices is too tall, {_MOST_RANKS} are the most; leave --picture out")
     return problems
+
+
+def _spans_of_a_rank(service: "Service") -> int:
+    """About."""
+    blocks, ring = service.work.blocks, service.ring
+    if blocks is None or ring is None:
+        return service.work.num_steps + service.work.num_chunks
+    return (blocks.num_operations or 0) * ring.passes
 
 
 def _run(scenario: "Scenario", *, keep_spans: bool) -> "tuple[Outcome, Timeline | None]":

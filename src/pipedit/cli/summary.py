@@ -17,7 +17,7 @@ from pipedit.core.units import format_bytes, format_seconds
 from pipedit.engine.settings import DecodeMode, EngineSettings, Strategy
 from pipedit.plan.aco_gate import AcoMode
 
-_NOT_ALWAYS = ("fetch", "onload")
+_NOT_ALWAYS = ("fetch", "onload", "save")
 _TRY_NEXT = (
     'pipedit generate "a blue square grows on a white background" --num-frames 49 --trace trace.json',
     "pipedit models   # the large models that the same command runs",

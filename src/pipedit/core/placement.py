@@ -45,17 +45,15 @@ class Placement:
 
     @classmethod
     def pipeline(cls, *, stages: int, decoder: bool, encoder: Role | None = None) -> "Placement":
-        """DualParal: a rank for each of `stages` ranges of layers. With `decoder`, a further rank decodes, else the last
-        stage does. `encoder`: whether the first stage encodes prompts (DENOISER) or the rank that decodes (DECODER);
-        None: so that no stage holds text encoder and VAE, and as few as can be hold either."""
+        """DualParal: a rank for each of `stages` ranges of layers. With `decoder` a further rank decodes, else the last
+        stage. `encoder`: whether the first stage encodes prompts (DENOISER) or the rank that decodes (DECODER); None:
+        the latter if it does nothing else, so that no stage holds text encoder and VAE."""
         if stages == 1 and not decoder:
             return cls.colocated(1)
         ranks = tuple(range(stages))
         decodes = stages if decoder else stages - 1
         encodes = encoder or (Role.DECODER if decoder else Role.DENOISER)
-        return cls(
-            encoders=(decodes if encodes is Role.DECODER else ranks[0],), denoisers=ranks, decoders=(decodes,)
-        )
+        return cls(encoders=(decodes if encodes is Role.DECODER else ranks[0],), denoisers=ranks, decoders=(decodes,))
 
     @property
     def is_disaggregated(self) -> bool:

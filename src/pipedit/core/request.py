@@ -13,10 +13,12 @@ class VideoRequest:
     Sizes are in pixels, `num_frames` counts pixel frames, `fps` only sets the speed of the written file.
     `guidance_scale_2` belongs to the low-noise expert of two-expert models (Wan 2.2 A14B); `true_cfg_scale` is
     HunyuanVideo's classifier-free guidance, off at 1. The same seed gives the same video on any number of workers.
+    `prompts_at`: other prompts for later stretches of a long video (see core.prompt_schedule).
     """
 
     prompt: str
     negative_prompt: str | None = None
+    prompts_at: str | None = None
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None

@@ -8,6 +8,7 @@ from pipedit.core.request import VideoRequest
 from pipedit.engine.fitting import CostOf
 from pipedit.engine.settings import EngineSettings, strategy_problems
 from pipedit.models.adapter import ModelAdapter, Precision
+from pipedit.models.noise_schedulers import snapshot_problem
 from pipedit.plan.block_memory import stage_cost, window_latents
 from pipedit.plan.costs import RequestCost
 
@@ -66,6 +67,15 @@ def stage_cost_of(adapter: ModelAdapter, precision: Precision, settings: EngineS
         )
 
     return cost_of
+
+
+def saving_problems(settings: EngineSettings, adapter: ModelAdapter) -> list[str]:
+    """Why a run cannot be saved and gone on with, a sentence each."""
+    if not settings.is_blockwise:
+        return ["a checkpoint needs --strategy dualparal: other videos are made as a whole"]
+    checkpoint = adapter.checkpoint
+    problem = snapshot_problem(checkpoint.component_class("scheduler"), checkpoint.config("scheduler"))
+    return [f"{checkpoint.name}: {problem}"] if problem else []
 
 
 def block_metadata(request: VideoRequest, adapter: ModelAdapter, settings: EngineSettings) -> dict[str, Any]:

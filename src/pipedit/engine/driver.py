@@ -5,15 +5,17 @@ of its own requests. Knows nothing of prompts, models or files.
 """
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipedit.core import messages
-from pipedit.core.errors import PipeditError, WorkerDiedError
+from pipedit.core.errors import PipeditError, SnapshotError, WorkerDiedError
 from pipedit.core.request import VideoRequest
+from pipedit.core.snapshots import Snapshot
 from pipedit.core.spans import Span
-from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Progress, Restarted, Update
+from pipedit.engine.updates import Cancelled, Checkpointed, Failed, Finished, Frames, Progress, Restarted, Update
 from pipedit.executor.base import Executor
 from pipedit.plan.jobs import Phase, Work
 from pipedit.plan.scheduling import Scheduler
@@ -30,12 +32,24 @@ MAX_SPANS = 200_000  # about 100 MiB; an engine that serves for weeks keeps the 
 @dataclasses.dataclass(kw_only=True)
 class _Running:
     """A request under way: how many frames were decoded (again, if it had to begin again) and handed out, and seconds
-    spent by kind of work."""
+    spent by kind of work. `error`: it is cancelled because of this."""
 
     request: VideoRequest
-    frames_decoded: int = 0
-    frames_out: int = 0
+    recorder: "Recorder | None"
+    frames_decoded: int
+    frames_out: int
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    error: SnapshotError | None = None
+
+
+class Recorder(Protocol):
+    """Keeps what a run needs to go on later. Both raise SnapshotError where that is not possible."""
+
+    def keep(self, frames: "DecodedFrames") -> None:
+        """The next ones, in order."""
+
+    def complete(self, snapshot: Snapshot) -> None:
+        """All ranks have written their files of it, and all frames of its decoded blocks were kept."""
 
 
 class Driver:
@@ -55,11 +69,22 @@ class Driver:
         self.spans: collections.deque[Span] = collections.deque(maxlen=MAX_SPANS)
         self.peak_bytes: dict[int, int] = {}  # rank -> the most memory that it held
 
-    def submit(self, request_id: str, request: VideoRequest, work: Work) -> None:
-        """Raises PipeditError, with nothing queued, while another thread turns."""
+    def submit(
+        self,
+        request_id: str,
+        request: VideoRequest,
+        work: Work,
+        *,
+        recorder: Recorder | None = None,
+        first_frame: int = 0,
+    ) -> None:
+        """`first_frame`: so many frames came before it went on from a snapshot. Raises PipeditError, with nothing
+        queued, while another thread turns."""
         self._refuse_second_thread()
         self._scheduler.submit(request_id, request, work)
-        self._running[request_id] = _Running(request=request)
+        self._running[request_id] = _Running(
+            request=request, recorder=recorder, frames_decoded=first_frame, frames_out=first_frame
+        )
 
     def cancel(self, request_id: str) -> None:
         self._to_cancel.append(request_id)
@@ -171,6 +196,8 @@ class Driver:
             self._progress(event, running.seconds)
         if isinstance(event, (messages.ChunkDecoded, messages.BlockDecoded)) and event.frames is not None:
             self._hand_out(running, event.request_id, event.frames)
+        if isinstance(event, messages.BlocksSaved):
+            self._note_snapshot(running, event)
 
     def _progress(self, event: messages.Event, seconds: Mapping[str, float]) -> None:
         if (advance := self._scheduler.advance(event)) is not None:
@@ -190,8 +217,31 @@ class Driver:
         running.frames_decoded += len(decoded)
         if known < len(decoded):
             frames = decoded[known:]
+            if running.recorder is not None:
+                with self._cancelling(running, request_id):
+                    running.recorder.keep(frames)
             self._news.append(Frames(request_id=request_id, first=running.frames_out, frames=frames))
             running.frames_out += len(frames)
+
+    def _note_snapshot(self, running: _Running, event: messages.BlocksSaved) -> None:
+        """The rank that is the last to save makes a snapshot whole."""
+        snapshot = self._scheduler.job(event.request_id).snapshot
+        if snapshot is None or snapshot.at != event.at or running.recorder is None or running.error is not None:
+            return
+        with self._cancelling(running, event.request_id):
+            running.recorder.complete(snapshot)
+            self._news.append(
+                Checkpointed(request_id=event.request_id, operations=snapshot.at, blocks_decoded=snapshot.decoded)
+            )
+
+    @contextlib.contextmanager
+    def _cancelling(self, running: _Running, request_id: str) -> Iterator[None]:
+        """Ends the request if it cannot be kept: who asked for that would not want to go on without."""
+        try:
+            yield
+        except SnapshotError as error:
+            running.error = running.error or error
+            self._scheduler.cancel(request_id)
 
     def _note_endings(self) -> None:
         """Last news of requests that have ended."""
@@ -206,8 +256,10 @@ class Driver:
 def _ending(
     request_id: str, running: _Running, phase: Phase, failure: messages.CommandFailed | None
 ) -> Finished | Cancelled | Failed:
-    if phase is Phase.DONE:
+    if phase is Phase.DONE:  # even if the last frames could not be kept
         return Finished(request_id=request_id, request=running.request, seconds=running.seconds)
+    if running.error is not None:
+        return Failed(request_id=request_id, error=running.error)
     if phase is Phase.CANCELLED:
         return Cancelled(request_id=request_id)
     assert failure is not None

@@ -6,6 +6,7 @@ It owns what people see of a run. It does not know how a stage works, where rank
 import collections
 import contextlib
 import dataclasses
+import importlib.metadata
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,11 +21,12 @@ from pipedit.core.parallel import AUTO, ParallelConfig
 from pipedit.core.placement import Placement, Role
 from pipedit.core.request import VideoRequest
 from pipedit.core.version import __version__
-from pipedit.engine.blocks import block_metadata, block_plan, output_frames, stage_cost_of
+from pipedit.engine.blocks import block_metadata, block_plan, output_frames, saving_problems, stage_cost_of
 from pipedit.engine.driver import Driver
 from pipedit.engine.fitting import check_memory, free_memory
 from pipedit.engine.intake import complete_requests, make_requests, request_problems, with_seed
 from pipedit.engine.placing import describe, placement_of, scheduler_of, settle
+from pipedit.engine.saved_run import SavedRun
 from pipedit.engine.settings import (
     DEFAULT_BLOCK_SIZE,
     DecodeMode,
@@ -41,6 +43,7 @@ from pipedit.executor.choice import make_executor
 from pipedit.executor.launched import Launch, find_launch, follow
 from pipedit.media import VideoMetadata
 from pipedit.models.adapter import Precision
+from pipedit.models.fingerprint import fingerprint
 from pipedit.models.registry import EMBEDDED, fetch_weights
 from pipedit.plan.aco_gate import AcoMode
 from pipedit.plan.jobs import Work
@@ -191,14 +194,39 @@ class Engine:
             self._check_memory(complete)  # only now: it may import torch, and wrong input should be answered before
         return [with_seed(request) for request in complete]
 
-    def submit(self, request: VideoRequest, *, priority: int = 0) -> str:
+    def submit(self, request: VideoRequest, *, priority: int = 0, run: SavedRun | None = None) -> str:
         """Queues a prepared request and returns its id; `updates` does the work. Higher priorities go first, even
-        between two steps of another request."""
+        between two steps of another request. `run`: claimed, of this request, to be saved on the way and to go on with;
+        of its `frames` there will be no news."""
         assert request.num_inference_steps is not None and request.seed is not None, "prepare the request first"
         self._check_open()
-        request_id = next(self._ids)
-        self._driver.submit(request_id, request, self.work(request, priority=priority))
+        request_id, work = next(self._ids), self.work(request, priority=priority)
+        if run is None:
+            self._driver.submit(request_id, request, work)
+        else:
+            work = dataclasses.replace(work, saving=run.saving, resume=run.snapshot)
+            self._driver.submit(request_id, request, work, recorder=run, first_frame=run.num_frames)
         return request_id
+
+    @contextlib.contextmanager
+    def claim(self, run: SavedRun) -> Iterator[None]:
+        """Inside, `run` is saved by this engine alone (see SavedRun.claim). To be called before the model is loaded,
+        and when its files are there. Raises InvalidRequestError where it cannot be saved, or gone on with here."""
+        if problems := saving_problems(self.settings, self.adapter):
+            raise InvalidRequestError(problems)
+        with run.claim(self._made_with()):
+            yield
+
+    def _made_with(self) -> dict[str, str]:
+        """Whatever the last bits of a video depend on besides request and settings."""
+        packages = ("torch", "diffusers", "transformers")
+        return {
+            "pipedit": __version__,
+            **{name: importlib.metadata.version(name) for name in packages},
+            "device": self.device.partition(":")[0],
+            "data types": ", ".join(f"{part} {name}" for part, name in dataclasses.asdict(self.precision).items()),
+            "model files": fingerprint(self.adapter.checkpoint),
+        }
 
     def work(self, request: VideoRequest, *, priority: int = 0) -> Work:
         """What the scheduler is told of a prepared request."""

@@ -83,6 +83,8 @@ def request_problems(
     found = []
     for request in requests:
         problems = check_request(seen_at_once(request, adapter, settings), adapter)
+        if request.prompts_at is not None and not settings.is_blockwise:
+            problems.append("prompts_at needs strategy dualparal: only there is a video made stretch by stretch")
         found.append([*problems, *sharing_problems(request, adapter, settings, has_sound_size=not problems)])
     return _labelled(found, labels)
 

@@ -55,7 +55,7 @@ class EngineSettings:
 
     "dualparal" makes long videos block by block, on `denoise_workers` stages of layers; the last one decodes too,
     unless `decode_workers` is 1. Only there, and another video for every value: `block_size` and `context` (of either
-    neighbour; None: half a block) in latent frames, `prefix` ("cache" or "rerun", see core.blocks),
+    neighbour; None: a whole block) in latent frames, `prefix` ("cache" or "rerun", see core.blocks),
     `context_storage` ("device", "host", or "int8", which rounds), `dualparal_compat` (the released code's conventions).
     """
 
@@ -119,7 +119,7 @@ class EngineSettings:
     def context_latents(self) -> int:
         """Latent frames of either neighbour that a block sees."""
         if self.context is None and (size := _whole(self.block_size)) is not None:
-            return size // 2
+            return size
         return self.context  # type: ignore[return-value]
 
     @property

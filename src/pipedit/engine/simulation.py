@@ -4,17 +4,22 @@ Reads configs only. Who does what where that is left open: plan.planner decides.
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from pipedit.core.blocks import Prefix, Storage
 from pipedit.core.errors import CheckpointError, InsufficientMemoryError, InvalidRequestError
 from pipedit.core.request import VideoRequest
+from pipedit.core.units import format_bytes
 from pipedit.engine.placing import asked_of
 from pipedit.engine.settings import DecodeMode, EngineSettings, Strategy, strategy_problems
 from pipedit.models.by_name import PlannableModel, find_model, is_same_model
 from pipedit.plan.aco_gate import AcoMode
 from pipedit.plan.arrangements import Arrangement, Kind
+from pipedit.plan.block_arrangement import BlockArrangement
+from pipedit.plan.block_predict import BlockDurations, BlockVideo, block_pool, worker_needs
 from pipedit.plan.cluster_file import ClusterFile, ReplicaSpec
 from pipedit.plan.degrees import degree_problems
 from pipedit.plan.estimate import DurationsOf
@@ -30,6 +35,7 @@ T = TypeVar("T")
 _PLANNED_WITH = 64  # requests at most: more of the same mix would not change who should do what
 _MANY_COMMANDS = 200_000  # beyond so many, phases are simulated in a few pieces instead of step by step
 _FEW_PIECES = 3
+_OF_BLOCKS = ("block_size", "context", "prefix", "context_storage", "dualparal_compat")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +43,7 @@ class Engines:
     """`pool.count` engines that are alike, and how they are arranged."""
 
     model: str
-    arrangement: Arrangement
+    arrangement: Arrangement | BlockArrangement
     pool: Pool
 
 
@@ -58,10 +64,11 @@ class Scenario:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """Requests of one model that are alike."""
+    """Requests of one model that are alike. `in_blocks`: the same videos, made block by block."""
 
     name: str
     video: PlannedVideo
+    in_blocks: Callable[[], BlockVideo]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,13 +105,21 @@ def prepare(
     wishes = attempt(problems, lambda: _wishes(cluster_file, names, settings or {}))
     if demand is None or cluster is None or wishes is None:
         raise InvalidRequestError(problems)
-    durations_of = predicted_by(Predictor(cluster=cluster))
-    arranged = [_arrange(wish, demand.kinds[wish.model], cluster, durations_of) for wish in wishes]
-    counts = _counts(wishes, arranged, cluster)
+    predictor = Predictor(cluster=cluster)
+    durations_of = predicted_by(predictor)
+    arranged = [
+        _in_stages(wish, demand.kinds[wish.model], cluster)
+        if wish.settings.is_blockwise
+        else _arrange(wish, demand.kinds[wish.model], cluster, durations_of)
+        for wish in wishes
+    ]
+    counts = _counts(wishes, [arrangement.num_workers for arrangement in arranged], cluster)
     if grain is None:
         grain = _grain(demand, arranged)
     engines = tuple(
-        _engines(wish, arrangement, demand.kinds[wish.model], durations_of, count=count, grain=grain)
+        _pipelines(wish, arrangement, demand.kinds[wish.model], predictor, count=count)
+        if isinstance(arrangement, BlockArrangement)
+        else _engines(wish, arrangement, demand.kinds[wish.model], durations_of, count=count, grain=grain)
         for wish, arrangement, count in zip(wishes, arranged, counts, strict=True)
     )
     return Scenario(
@@ -157,7 +172,9 @@ def _demand(streams: Sequence[Stream], names: Sequence[str], device_type: str) -
     for (name, request), count in counts.items():
         model, _ = opened[name]
         assert model is not None
-        kinds[name].append(_Kind(name=_kind_name(name, request), video=model.planned(request, count)))
+        in_blocks = functools.partial(model.in_blocks, request, count)
+        kind = _Kind(name=_kind_name(name, request), video=model.planned(request, count), in_blocks=in_blocks)
+        kinds[name].append(kind)
     return _Demand(kinds=kinds, of_stream=of_stream)
 
 
@@ -183,7 +200,7 @@ def _arrivals(streams: Sequence[Stream], demand: _Demand) -> Iterator[Arrival]:
             yield Arrival(at_s=at_s, kind=kind, priority=stream.priority)
 
 
-def _grain(demand: _Demand, arranged: Sequence[Arrangement]) -> int:
+def _grain(demand: _Demand, arranged: Sequence[Arrangement | BlockArrangement]) -> int:
     """Step by step, as the engine does it, unless that would take too long."""
     videos = [kind.video for kinds in demand.kinds.values() for kind in kinds]
     steps = max(video.cost.num_steps for video in videos)
@@ -227,6 +244,10 @@ def _settings(given: dict[str, Any], cluster_file: ClusterFile) -> EngineSetting
 def _setting_problems(wish: _Wish, cluster_file: ClusterFile) -> list[str]:
     settings, devices = wish.settings, cluster_file.num_devices
     problems = strategy_problems(settings) or degree_problems(settings.wanted, settings.num_denoisers)
+    if not settings.is_blockwise:
+        plain = EngineSettings(num_workers=1)
+        given = [name for name in _OF_BLOCKS if getattr(settings, name) != getattr(plain, name)]
+        problems += [f"{name} needs strategy dualparal" for name in given]
     if not problems and settings.num_workers > devices:
         problems.append(f"each needs {settings.num_workers} devices, and the cluster has {devices}")
     return problems
@@ -266,9 +287,54 @@ def _fewer(video: PlannedVideo, total: int) -> PlannedVideo:
     return dataclasses.replace(video, count=max(1, round(video.count * min(1.0, _PLANNED_WITH / total))))
 
 
-def _counts(wishes: Sequence[_Wish], arranged: Sequence[Arrangement], cluster: Cluster) -> list[int]:
-    """How many engines of each: those that are open share what is left of the devices."""
-    each = [arrangement.num_workers for arrangement in arranged]
+def _in_stages(wish: _Wish, kinds: Sequence[_Kind], cluster: Cluster) -> BlockArrangement:
+    """For the first kind; the others differ in their blocks alone."""
+    problems, available = [], cluster.device.memory_bytes
+    for video in (kind.in_blocks() for kind in kinds):
+        way, layers = _pipeline_of(wish.settings, video), len(video.cost.forward.layers)
+        if way.stages > layers:
+            raise InvalidRequestError([f"{wish.label}: {way.stages} stages cannot share {layers} layers"])
+        needed = max(need.needed_bytes for need in worker_needs(way, video))
+        if needed > available:
+            problems.append(
+                f"{wish.label}: {video.request.num_frames} frames of {video.request.width}x{video.request.height}, "
+                f"{way.describe()}: a worker needs about {format_bytes(needed)}, {format_bytes(available)} are there"
+            )
+    if problems:
+        raise InsufficientMemoryError("\n".join(problems))
+    return _pipeline_of(wish.settings, kinds[0].in_blocks())
+
+
+def _pipeline_of(settings: EngineSettings, video: BlockVideo) -> BlockArrangement:
+    plan = video.plan(
+        block_latents=settings.block_size,
+        context_latents=settings.context_latents,
+        prefix=Prefix(settings.prefix),
+        compat=settings.dualparal_compat,
+    )
+    return BlockArrangement(
+        plan=plan,
+        stages=settings.num_denoisers,
+        decode_worker=settings.num_workers > settings.num_denoisers,
+        storage=Storage(settings.context_storage),
+        encode_on=settings.encode_on,
+    )
+
+
+def _pipelines(
+    wish: _Wish, arrangement: BlockArrangement, kinds: Sequence[_Kind], predictor: Predictor, *, count: int
+) -> Engines:
+    pools = []
+    for kind in kinds:
+        video = kind.in_blocks()
+        durations = BlockDurations(predictor, video, _pipeline_of(wish.settings, video))
+        pools.append(block_pool(durations, kind.name, count))
+    services = {name: service for pool in pools for name, service in pool.services.items()}
+    return Engines(model=wish.model, arrangement=arrangement, pool=dataclasses.replace(pools[0], services=services))
+
+
+def _counts(wishes: Sequence[_Wish], each: Sequence[int], cluster: Cluster) -> list[int]:
+    """How many engines of each, which need so many devices: those that are open share what is left."""
     fixed = sum((wish.count or 0) * workers for wish, workers in zip(wishes, each, strict=True))
     if fixed > cluster.num_devices:
         raise InvalidRequestError([f"the replicas need {fixed} devices, and the cluster has {cluster.num_devices}"])

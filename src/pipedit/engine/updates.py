@@ -42,6 +42,15 @@ class Restarted(Update):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpointed(Update):
+    """The run is saved, and can be gone on with, as it was after `operations` steps of single blocks; by then so many
+    blocks were decoded."""
+
+    operations: int
+    blocks_decoded: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Finished(Update):
     """The request is done; `request` is complete (seed and defaults filled), `seconds` is time per stage."""
 

@@ -1,4 +1,4 @@
-"""MP4 and GIF by PyAV, frame by frame. Memory does not grow with the length of the clip."""
+"""MP4, GIF and lossless video by PyAV, frame by frame. Memory does not grow with the length of the clip."""
 
 import contextlib
 import os
@@ -20,6 +20,7 @@ _BT709 = 1  # the code of ITU-R BT.709 for primaries, transfer and matrix alike 
 # Every thread and every frame of look-ahead holds frames in memory, and the default number of threads grows with the
 # machine, so that the same clip would become another file elsewhere.
 _X264 = {"crf": "17", "preset": "medium", "rc-lookahead": "20", "threads": "4"}
+_FFV1 = {"level": "3", "slicecrc": "1"}
 _GIF_TRAILER = b"\x3b"
 MIN_GIF_FPS = 0.002  # at most 65535 hundredths of a second for a frame
 MIN_MP4_FPS, MAX_MP4_FPS = 0.001, 100_000  # the container counts in 32 bits
@@ -158,6 +159,26 @@ class GifWriter(_EncodedWriter):
         self._close_container()
         if self._metadata is not None:
             _append_gif_comment(self._path, self._metadata.to_json().encode("ascii"))
+
+
+class LosslessWriter(_EncodedWriter):
+    """FFV1 in Matroska (RFC 9043), RGB: every bit of every frame. Unlike other clips it is on disk when it is closed,
+    whatever happens then."""
+
+    def _begin(self, staging: Staging) -> None:
+        self._path = staging.path(self._name)
+        self._container = av.open(_plain(self._path), "w", format="matroska")
+        self._stream = self._container.add_stream("ffv1", rate=self._rate, options=_FFV1)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = self._clip.width, self._clip.height, "bgr0"
+
+    def _put(self, frame: Frames) -> None:
+        self._encode(self._timed(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="bgr0")))
+
+    def _finish(self) -> None:
+        self._encode(None)
+        self._close_container()
+        with self._path.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 def _plain(path: Path) -> str:

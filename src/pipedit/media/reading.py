@@ -1,6 +1,7 @@
 """Clips and their settings back from the files that `outputs` writes."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -28,6 +29,24 @@ def read_frames(path: str | os.PathLike[str]) -> Frames:
     if not pictures:
         raise InvalidRequestError([f"{text} holds no frames"])
     return np.stack(pictures).astype(np.uint8, copy=False)
+
+
+def stream_frames(path: str | os.PathLike[str], piece: int = 16) -> Iterator[Frames]:
+    """The frames of a video file, so many at a time. Raises InvalidRequestError."""
+    text = os.fspath(path)
+    _require_file(text)
+    with _open_video(text) as container:
+        pictures: list[Frames] = []
+        try:
+            for picture in container.decode(video=0):
+                pictures.append(np.asarray(picture.to_ndarray(format="rgb24"), np.uint8))
+                if len(pictures) == piece:
+                    yield np.stack(pictures)
+                    pictures.clear()
+        except av.FFmpegError as error:
+            raise InvalidRequestError([f"{text} is damaged: {error.strerror}"]) from error
+        if pictures:
+            yield np.stack(pictures)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> VideoMetadata:

@@ -4,8 +4,10 @@ Some models are known by their costs only; nothing but planning can be done with
 """
 
 import dataclasses
+import functools
 from typing import Protocol
 
+from pipedit.core.errors import InvalidRequestError
 from pipedit.core.request import RequestDefaults, VideoRequest
 from pipedit.models.adapter import ModelAdapter, SizeRules
 from pipedit.models.open_sora_plan.costs import TEXT_TOKENS, request_cost
@@ -13,6 +15,7 @@ from pipedit.models.planned_videos import planned_video
 from pipedit.models.published_configs import PUBLISHED
 from pipedit.models.registry import KNOWN_MODELS, open_model, open_published
 from pipedit.models.validation import check_request, check_values, size_problems
+from pipedit.plan.block_predict import BlockVideo
 from pipedit.plan.costs import RequestCost
 from pipedit.plan.planned_video import PlannedVideo
 
@@ -36,6 +39,10 @@ class PlannableModel(Protocol):
 
     def planned(self, request: VideoRequest, count: int = 1) -> PlannedVideo:
         """`count` videos like this completed request, which has no problems."""
+
+    def in_blocks(self, request: VideoRequest, count: int = 1, *, tiling: bool = False) -> BlockVideo:
+        """The same, made block by block. `tiling`: the VAE decodes in spatial tiles. Raises InvalidRequestError for a
+        model with which that cannot be."""
 
 
 def find_model(name: str, *, device_type: str = "cuda") -> PlannableModel:
@@ -91,6 +98,23 @@ class _Adapted:
     def planned(self, request: VideoRequest, count: int = 1) -> PlannedVideo:
         return planned_video(_prompted(request), self._adapter, self._precision, count=count)
 
+    def in_blocks(self, request: VideoRequest, count: int = 1, *, tiling: bool = False) -> BlockVideo:
+        adapter, precision, step = self._adapter, self._precision, self.size_rules.frame_step
+        request, latents = _prompted(request), adapter.latent_shape(request)[2]
+        if adapter.token_layout(request).latent_frames != latents:
+            name = adapter.checkpoint.name
+            raise InvalidRequestError([f"{name} makes one token of several latent frames: its videos have no blocks"])
+
+        @functools.cache
+        def cost_of(count: int) -> RequestCost:
+            shorter = dataclasses.replace(request, num_frames=(count - 1) * step + 1)
+            return adapter.cost(shorter, precision, tiling=tiling)
+
+        def ready_chunks(come: int, is_complete: bool) -> int:
+            return adapter.num_ready_chunks(come, is_complete=is_complete)
+
+        return BlockVideo(request=request, latents=latents, cost_of=cost_of, ready_chunks=ready_chunks, count=count)
+
 
 class _OpenSoraPlan:
     """Open-Sora-Plan v1.3, as published."""
@@ -125,6 +149,9 @@ class _OpenSoraPlan:
             chunks_with=lambda _decoders: cost.num_chunks,
             count=count,
         )
+
+    def in_blocks(self, request: VideoRequest, count: int = 1, *, tiling: bool = False) -> BlockVideo:
+        raise InvalidRequestError([f"{OPEN_SORA_PLAN} cannot be run block by block; use another strategy"])
 
 
 def _open_sora_plan_cost(request: VideoRequest) -> RequestCost:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipedit.core.prompt_schedule import PromptSchedule
 from pipedit.core.request import MAX_SEED, VideoRequest
 from pipedit.models.adapter import ModelAdapter, SizeRules
 from pipedit.models.noise_schedulers import ignores_flow_shift, most_steps
@@ -35,7 +36,15 @@ def check_values(request: VideoRequest) -> list[str]:
     problems = [*wrong.values(), *_number_problems(_without(request, wrong))]
     if isinstance(request.prompt, str) and not request.prompt.strip():
         problems.append("the prompt is empty; say what the video should show")
-    return problems
+    return [*problems, *_schedule_of_prompts_problems(_without(request, wrong))]
+
+
+def _schedule_of_prompts_problems(request: VideoRequest) -> list[str]:
+    try:
+        PromptSchedule.of(request.prompt, request.prompts_at, request.fps or 1.0)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def sound_request(request: VideoRequest, adapter: ModelAdapter) -> VideoRequest:
@@ -148,8 +157,11 @@ def _schedule_problems(request: VideoRequest, adapter: ModelAdapter) -> list[str
 
 def _length_problems(request: VideoRequest, adapter: ModelAdapter) -> list[str]:
     problems = []
-    for name in ("prompt", "negative_prompt"):
-        text = getattr(request, name)
+    texts = [("prompt", request.prompt), ("negative_prompt", request.negative_prompt)]
+    if not _schedule_of_prompts_problems(request):
+        schedule = PromptSchedule.of(request.prompt, request.prompts_at, request.fps or 1.0)
+        texts += [("prompt", text) for text in schedule.prompts if text != request.prompt]
+    for name, text in texts:
         limit = request.max_sequence_length
         if isinstance(text, str) and isinstance(limit, int) and limit > 0 and (rest := _cut_off(adapter, text, limit)):
             problems.append(

@@ -38,12 +38,13 @@ class Pending:
         for work in receives:
             work.wait()
 
-    def wait(self) -> None:
-        """Both ways are done: all buffers may be used again. Calling it twice is harmless."""
+    def wait(self, limit: datetime.timedelta | None = None) -> None:
+        """Both ways are done: all buffers may be used again. Calling it twice is harmless. `limit`, for gloo only: for
+        each send, beyond which the group fails."""
         self.wait_received()
         sends, self._sends = self._sends, ()
         for work in sends:
-            work.wait()
+            work.wait() if limit is None else work.wait(limit)
         self._keep = ()
 
 
@@ -56,6 +57,11 @@ class Channel:
         self.size: int = 1 if group is None else group.size()
         self.index: int = 0 if group is None else group.rank()
         self._is_nccl = group is not None and group.name() == "nccl"
+
+    @property
+    def waits_on_host(self) -> bool:
+        """Whether waiting for a swap holds up this thread (gloo) or only what is computed later on the device."""
+        return not self._is_nccl
 
     def close(self) -> None:
         """Ends the process group; every member does. Nothing may be on its way."""

@@ -3,10 +3,16 @@ one back to the first. Every hop has a channel of its own, so nothing queues beh
 
 Both ends of a hop know what comes next, so a message is only its tensors. Receives are posted before they are needed,
 and sends are not waited for (double buffering): a message travels while the next one is computed.
+
+With gloo the receiver grants every message: it tells the sender when it expects it, and how many it has taken. gloo
+never wakes who waits for a send that was being written when the connection ended; who waits for a grant is woken, since
+that is a receive. (A receive in the middle of a message is not woken either, so who gives up lets it arrive first.)
 """
 
 import collections
+import contextlib
 import dataclasses
+import datetime
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +20,9 @@ import torch
 from pipedit.parallel.channel import Channel, Pending
 from pipedit.parallel.groups import OpenChannel
 
-_UNDER_WAY = 2  # messages that a sender keeps while it goes on
+_UNDER_WAY = 2  # messages that a sender keeps while it goes on, where nothing is granted
+_ARRIVES = datetime.timedelta(seconds=60)  # a message that is expected, on any link
+_GIVES_UP = datetime.timedelta(seconds=2)
 
 Shape = tuple[int, ...]
 
@@ -33,6 +41,7 @@ class Inbox:
     def __init__(self, channel: Channel, device: str) -> None:
         self._channel, self._device = channel, device
         self._expected: collections.deque[tuple[tuple[torch.Tensor, ...], list[Pending]]] = collections.deque()
+        self._taken = 0
 
     @property
     def waiting(self) -> int:
@@ -42,13 +51,18 @@ class Inbox:
     def expect(self, parcel: Parcel) -> None:
         """Starts to receive the next message. Memory: its tensors, until they are taken."""
         tensors = tuple(torch.empty(shape, dtype=parcel.dtype, device=self._device) for shape in parcel.shapes)
-        self._expected.append((tensors, [self._channel.swap((None, None), (tensor, None)) for tensor in tensors]))
+        coming = [self._channel.swap((None, None), (tensor, None)) for tensor in tensors]
+        if self._channel.waits_on_host:
+            # It has reached the sender when the message has come.
+            coming.append(self._channel.swap((torch.tensor([self._taken]), None), (None, None)))
+        self._expected.append((tensors, coming))
 
     def take(self) -> tuple[torch.Tensor, ...]:
         """Waits for the oldest expected message."""
         tensors, coming = self._expected.popleft()
         for pending in coming:
             pending.wait()
+        self._taken += 1
         return tensors
 
     def close(self) -> None:
@@ -63,11 +77,15 @@ class Outbox:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self._limit = _ARRIVES if channel.waits_on_host else None
         self._leaving: collections.deque[list[Pending]] = collections.deque()
+        self._gone = 0  # messages that arrived
 
     def send(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Starts to send; waits only for the message before the one before. The tensors must not change any more."""
-        while len(self._leaving) >= _UNDER_WAY:
+        """Starts to send, as soon as the receiver expects it. Memory: the tensors, until they were taken; they must not
+        change any more."""
+        arrived = self._granted() if self._channel.waits_on_host else self._gone + len(self._leaving) - _UNDER_WAY + 1
+        while self._gone < arrived:
             self._wait_for_oldest()
         self._leaving.append([self._channel.swap((None, tensor.contiguous()), (None, None)) for tensor in tensors])
 
@@ -81,11 +99,22 @@ class Outbox:
         self._channel.close()
 
     def abandon(self) -> None:
+        if self._channel.waits_on_host:
+            self._limit = _GIVES_UP
+            with contextlib.suppress(RuntimeError):
+                self.flush()
         self._channel.abandon()
+
+    def _granted(self) -> int:
+        """Waits for the next message's grant; how many were taken by then."""
+        taken = torch.empty(1, dtype=torch.int64)
+        self._channel.swap((None, None), (None, taken)).wait()
+        return int(taken)
 
     def _wait_for_oldest(self) -> None:
         for pending in self._leaving.popleft():
-            pending.wait()
+            pending.wait(self._limit)
+        self._gone += 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

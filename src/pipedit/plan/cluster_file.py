@@ -33,9 +33,13 @@ REPLICA_SETTINGS = {
     "cfg_degree": Column(kind=int, least=1),
     "ring_degree": Column(kind=int, least=1),
     "ulysses_degree": Column(kind=int, least=1),
+    "block_size": Column(kind=int, least=1),
+    "context": Column(kind=int, least=0),
+    "prefix": Column(kind=str),
+    "context_storage": Column(kind=str),
 }
 _REPLICA = {"model": Column(kind=str), "count": Column(kind=int, least=1), **REPLICA_SETTINGS}
-_FLAGS = ("offload",)  # true or false
+_FLAGS = ("offload", "dualparal_compat")  # true or false
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,12 +32,15 @@ _Split = tuple[Kind, int, int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """All videos handed in at second 0. `idle`: by group, the share of its ranks' time without work."""
+    """All videos handed in at second 0. `first_frames_s`: of the first video. `idle`: by group, the share of its ranks'
+    time without work; `utilisation`: of all ranks."""
 
     num_videos: int
     makespan_s: float
+    first_frames_s: float
     first_video_s: float
     idle: Mapping[str, float]
+    utilisation: float
 
     @property
     def seconds_each(self) -> float:
@@ -196,7 +199,9 @@ def predict(arrangement: Arrangement, videos: Sequence[PlannedVideo], durations_
     return Prediction(
         num_videos=len(kinds),
         makespan_s=outcome.makespan_s + period_s * (len(kinds) - len(simulated)),
+        first_frames_s=min(life.first_frames_s for life in run.lives),
         first_video_s=outcome.first_video_s,
+        utilisation=outcome.utilisation,
         idle={name: max(0.0, use.idle_share) for name, use in outcome.groups.items()},
     )
 

@@ -1,8 +1,8 @@
 """The simulator: the request scheduler of the engine on virtual time. Arrivals in; times, use and spans out.
 
 One scheduler a replica, and a router that sends each request to the replica with the least work waiting. What a run
-costs depends on its commands, not on its ranks: all ranks of a command answer in one instant. Only where videos are made
-block by block has each rank commands of its own (see simulated_stages).
+costs depends on its commands, not on its ranks: all ranks of a command answer in one instant. Only where videos are
+made block by block has each rank commands of its own (see simulated_stages).
 """
 
 import dataclasses
@@ -38,12 +38,13 @@ class Arrival:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Life:
-    """When a request came, when work on it began, and when its first and its last frame were there. Seconds of virtual
-    time."""
+    """When a request came, when work on it began, when its last step was done, and when its first and its last frame
+    were there. Seconds of virtual time."""
 
     arrival: Arrival
     replica: int
     begun_s: float = float("nan")
+    denoised_s: float = float("nan")
     first_frames_s: float = float("nan")
     done_s: float = float("nan")
 
@@ -209,12 +210,13 @@ class _Simulation:
         self._note_end(now_s + cost.seconds, number, command, cost)
 
     def _note_end(self, at_s: float, number: int, command: messages.Command, answer: _Cost | messages.Event) -> None:
+        if isinstance(command, (messages.Denoise, messages.DenoiseBlocks)):
+            life = self._life(command.request_id)
+            life.denoised_s = at_s if math.isnan(life.denoised_s) else max(at_s, life.denoised_s)
         self._started += 1
         heapq.heappush(self._agenda, (at_s + self._round_trip_s, self._started, number, command, answer))
 
-    def _answer(
-        self, number: int, command: messages.Command, answer: _Cost | messages.Event, now_s: float
-    ) -> None:
+    def _answer(self, number: int, command: messages.Command, answer: _Cost | messages.Event, now_s: float) -> None:
         scheduler, request_id = self._replicas[number].scheduler, command.request_id
         receive = scheduler.receive
         if isinstance(answer, messages.Event):

@@ -10,6 +10,7 @@ from pipedit.core.units import format_seconds
 from pipedit.plan.picture import Line, Picture, Rectangle, Shape, Text, shorten, text_width
 from pipedit.plan.time_axis import ticks
 from pipedit.plan.timeline import Timeline
+from pipedit.plan.timeline_blocks import lay_out_blocks
 from pipedit.plan.timeline_lanes import lay_out_lanes
 from pipedit.plan.timeline_plot import GRID, INK, LEFT, MARGIN, PAPER, SOFT_INK, WIDTH, Plot, kind_colours, percent
 
@@ -51,10 +52,11 @@ def _panel(panel: Panel, plot: Plot, top: float) -> tuple[list[Shape], float]:
         text = Text(x=MARGIN, y=top + 14, text="no work was recorded", size=13, fill=SOFT_INK)
         return [*heading, text], top + 24
     lanes = lay_out_lanes(plot, top + 8)
+    blocks = lay_out_blocks(plot, lanes.bottom)
     column = Text(x=WIDTH - MARGIN, y=top + 4, text="busy", size=11, fill=SOFT_INK, anchor="end")
-    axis = _axis(plot, top + 8, lanes.bottom)
-    legend, bottom = _legend(plot, lanes.bottom + 46)
-    return [*heading, column, *lanes.bands, *axis, *lanes.marks, *legend], bottom
+    axis = _axis(plot, top + 8, blocks.bottom)
+    legend, bottom = _legend(plot, blocks.bottom + 46)
+    return [*heading, column, *lanes.bands, *blocks.bands, *axis, *lanes.marks, *blocks.marks, *legend], bottom
 
 
 def _heading(panel: Panel, top: float) -> tuple[list[Shape], float]:

@@ -92,15 +92,15 @@ class BlockDenoiser:
     """`run` operations, in as many pieces as you like; after the last one, and before it is dropped, `drain`. In
     between, after `drain` too, `save` tells all that another one needs to go on from there, by `restore`.
 
-    `order` is the same on every stage. `noise`: of a block, for the first stage. `context` is the kernel of the
-    stage's attentions, `links` lead to the other stages (`StageLinks()` where this one is alone). `depth`: the number
-    of stages.
+    `state_of`: what a block is computed with, as the stage's `begin` returned it. `order` is the same on every stage.
+    `noise`: of a block, for the first stage. `context` is the kernel of the stage's attentions, `links` lead to the
+    other stages (`StageLinks()` where this one is alone). `depth`: the number of stages.
     """
 
     def __init__(
         self,
         stage: BlockStage,
-        state: Any,
+        state_of: Callable[[int], Any],
         plan: BlockPlan,
         order: Iterator[Op],
         *,
@@ -111,7 +111,7 @@ class BlockDenoiser:
         noise: Callable[[int], Latents],
         clock: Clock,
     ) -> None:
-        self._stage, self._state, self._plan, self._order, self._clock = stage, state, plan, order, clock
+        self._stage, self._state_of, self._plan, self._order, self._clock = stage, state_of, plan, order, clock
         self._video, self._depth, self._links, self._context, self._noise = video, depth, links, context, noise
         self._windows = Windows(plan=plan)
         self._done = 0  # operations
@@ -153,13 +153,21 @@ class BlockDenoiser:
         return {
             "done": self._done,
             "blocks": [
-                {"block": block, "applied": held.applied, "state": self._stage.save_block(self._state, held.state)}
+                {
+                    "block": block,
+                    "applied": held.applied,
+                    "state": self._stage.save_block(self._state_of(block), held.state),
+                }
                 for block, held in self._blocks.items()
             ],
             "entries": [
                 {"entry": list(name), "layers": self._context.save((video, *name))} for video, *name in waiting
             ],
         }
+
+    def _saved(self, block: int, held: _Block) -> dict[str, Any]:
+        state = self._stage.save_block(self._state_of(block), held.state)
+        return {"block": block, "applied": held.applied, "state": state}
 
     def restore(self, saved: dict[str, Any], to_device: Callable[[Any], Any]) -> None:
         """Goes on where the one that was saved has been; none of its operations has been run here. `to_device` brings
@@ -168,7 +176,7 @@ class BlockDenoiser:
         self._done = saved["done"]
         collections.deque(itertools.islice(self._order, self._done), maxlen=0)
         for each in saved["blocks"]:
-            state = self._stage.restore_block(self._state, to_device(each["state"]))
+            state = self._stage.restore_block(self._state_of(each["block"]), to_device(each["state"]))
             self._blocks[each["block"]] = _Block(state=state, applied=each["applied"])
         for each in saved["entries"]:
             self._context.restore((self._video, *each["entry"]), to_device(each["layers"]))
@@ -187,14 +195,14 @@ class BlockDenoiser:
             finished += self._apply_next()
         if op.step == 0:
             noise = self._noise(op.block)
-            self._blocks[op.block] = _Block(state=self._stage.begin_block(self._state, noise))
+            self._blocks[op.block] = _Block(state=self._stage.begin_block(self._state_of(op.block), noise))
         return tuple(finished)
 
     def _apply_next(self) -> list[FinishedBlock]:
         op = self._outstanding.popleft()
         prediction = self._here.popleft() if self._is_alone else self._result()
         block = self._blocks[op.block]
-        self._stage.advance(self._state, block.state, op.step, prediction)
+        self._stage.advance(self._state_of(op.block), block.state, op.step, prediction)
         block.applied += 1
         if block.applied < self._plan.num_steps:
             return []
@@ -232,25 +240,24 @@ class BlockDenoiser:
         if inbox is None:
             return
         parcels = collections.deque(
-            self._hidden(branch, self._plan.window_latents(op.block)) for op in ops for branch in range(self._branches)
+            self._hidden(op.block, branch) for op in ops for branch in range(self._branches(op.block))
         )
         for _ in range(len(parcels)):
             while parcels and inbox.waiting < 2:
                 inbox.expect(parcels.popleft())
             yield inbox.take()
 
-    @property
-    def _branches(self) -> int:
-        return self._stage.num_branches(self._state)
+    def _branches(self, block: int) -> int:
+        return self._stage.num_branches(self._state_of(block))
 
-    def _hidden(self, branch: int, frames: int) -> Parcel:
-        shapes = self._stage.hidden_shapes(self._state, branch, frames)
+    def _hidden(self, block: int, branch: int) -> Parcel:
+        shapes = self._stage.hidden_shapes(self._state_of(block), branch, self._plan.window_latents(block))
         return Parcel(shapes=shapes, dtype=self._stage.hidden_dtype)
 
     def _run(self, op: Op, coming: Iterator[tuple[torch.Tensor, ...]]) -> tuple[tuple[float, float], ...]:
         window = (self._window(op.block),) if self._stage.first else None
         predictions, passes = [], []
-        for branch in range(self._branches):
+        for branch in range(self._branches(op.block)):
             given = window if window is not None else next(coming)
             start_s = self._clock()
             out = self._forward(op, branch, given)
@@ -265,13 +272,14 @@ class BlockDenoiser:
             self._outstanding.append(op)
             self._expect_result(op)
         if self._stage.last:
-            self._hand_back(self._stage.guide(self._state, op.step, predictions))
+            self._hand_back(self._stage.guide(self._state_of(op.block), op.step, predictions))
         return tuple(passes)
 
     def _forward(self, op: Op, branch: int, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        key, tokens = (self._video, branch), self._stage.tokens_per_frame(self._state)
+        key, state = (self._video, branch), self._state_of(op.block)
+        tokens = self._stage.tokens_per_frame(state)
         self._context.begin(self._windows.takes(op, key), self._windows.keeps(op, key, tokens))
-        out = self._stage.run(self._state, op.step, branch, self._plan.window_latents(op.block), given)
+        out = self._stage.run(state, op.step, branch, self._plan.window_latents(op.block), given)
         self._context.finish()
         return out
 

@@ -20,6 +20,7 @@ from pipedit.parallel.stage_links import StageLinks
 from pipedit.plan.block_orders import order_of
 from pipedit.plan.noise_pool import noise_indices, pool_size
 from pipedit.worker.block_denoiser import BlockDenoiser, FinishedBlock, Ran
+from pipedit.worker.block_prompts import BlockStates, schedule_of, split
 from pipedit.worker.run import Clock
 from pipedit.worker.snapshot_files import on_device
 
@@ -80,7 +81,13 @@ class BlockStageWork:
         self._finished = 0
         self._denoiser = BlockDenoiser(
             self._stage,
-            self._stage.begin(request, conditioning),
+            BlockStates(
+                functools.partial(self._stage.begin, request),
+                split(conditioning),
+                schedule_of(request),
+                plan,
+                self._adapter.size_rules.frame_step,
+            ),
             plan,
             order_of(plan, self._ring.depth),
             video=request_id,

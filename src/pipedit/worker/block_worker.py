@@ -19,6 +19,7 @@ from pipedit.parallel.context_attention import ContextAttention
 from pipedit.parallel.rotation import turn
 from pipedit.parallel.runtime import ParallelRuntime
 from pipedit.worker.block_denoiser import FinishedBlock
+from pipedit.worker.block_prompts import encode_all
 from pipedit.worker.block_work import BlockDecoder, BlockStageWork, Ring
 from pipedit.worker.device import peak_bytes
 from pipedit.worker.run import Clock, Run, naming_lack_of_memory, synchronize
@@ -113,11 +114,11 @@ class BlockWorker:
 
     def _run_encode(self, command: messages.Encode) -> messages.Event:
         run, stage, start = self._begin(command.request_id), self._stages.text, self._clock()
-        conditioning = stage.encode(command.request)
+        conditioning = encode_all(command.request, stage.encode)
         synchronize(self._settings.device)
         run.note(Role.ENCODER, "encode", start)
         self._shelf.put(command.request_id, CONDITIONING, conditioning)
-        return messages.Encoded(**run.answer(), text_tokens=stage.joint_tokens(conditioning))
+        return messages.Encoded(**run.answer())
 
     def _run_denoise(self, command: messages.DenoiseBlocks) -> messages.Event:
         run, work = self._begin(command.request_id), self._work
