@@ -1,11 +1,12 @@
 """Figures of long videos as a table and a picture: python -m training.long_video_report [--videos FILE] [--clips DIR].
 
-Fills the table of docs/long_video_quality.md between its markers and draws docs/images/long_video_contact_sheet.png.
+Fills the tables of docs/long_video_quality.md between their markers and draws docs/images/long_video_contact_sheet.png.
 """
 
 import argparse
 import itertools
 import json
+import string
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,25 +16,28 @@ import numpy as np
 from pipedit.media import contact_sheet
 from training import continuity
 from training.card import fill
-from training.long_videos import clip_path, configurations, questions
+from training.long_videos import CHECKS, clip_path, configurations, questions
 
-CHECKS = ("colour", "background", "shape", "motion")
+COUNTS = (7, 14)  # videos: of most configurations, and of those that matter for the defaults
+RESTING = ("still", "bounce_x", "bounce_y")  # motions that stay where they are
 _MARK = (255, 60, 160)
 
 
 def summary(videos: list[dict[str, Any]]) -> dict[str, float | None]:
     """One configuration's figures; None where it has nothing of the kind."""
-    windows = [window for video in videos for window in video["windows"]]
-    early, late = (_of_quarter(videos, quarter) for quarter in (0, 3))
+    resting = [video for video in videos if video["motion"] in RESTING]
+    moving = [video for video in videos if video["motion"] not in RESTING]
     joints = [(video, joint) for video in videos for joint in video["joints"]]
     at_joints = sum(_leaps_at(video, joint) for video, joint in joints)
     others = sum(video["latents"] - 1 for video in videos) - 2 * len(joints)
     flicker, between = (list(_joined(v[key] for v in videos)) for key in ("flicker", "flicker_between"))
     return {
-        **{check: _mean(window[check] for window in windows) for check in CHECKS},
-        "overlap": _mean(window["overlap"] for window in windows),
-        "first_quarter": _mean(all(window[check] for check in CHECKS) for window in early),
-        "last_quarter": _mean(all(window[check] for check in CHECKS) for window in late),
+        **{check: _mean(_joined(v["windows"][check] for v in videos)) for check in CHECKS},
+        "motion_resting": _mean(_joined(v["windows"]["motion"] for v in resting)),
+        "motion_moving": _mean(_joined(v["windows"]["motion"] for v in moving)),
+        "overlap": _mean(_joined(v["overlap"] for v in videos)),
+        "first_quarter": _mean(_all_right(videos, 0)),
+        "last_quarter": _mean(_all_right(videos, 3)),
         "flicker": _quantile(flicker, 0.5),
         "flicker_90": _quantile(flicker, 0.9),
         "between": _quantile(between, 0.5),
@@ -44,14 +48,12 @@ def summary(videos: list[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def _of_quarter(videos: list[dict[str, Any]], quarter: int) -> list[dict[str, Any]]:
-    spans = [(video, continuity.windows(video["latents"])) for video in videos]
-    return [
-        window
-        for video, windows in spans
-        for window, span in zip(video["windows"], windows, strict=True)
-        if continuity.quarter_of(span, video["latents"]) == quarter
-    ]
+def _all_right(videos: list[dict[str, Any]], quarter: int) -> Iterator[bool]:
+    """For each window of that quarter, whether every check was passed."""
+    for video in videos:
+        for number, span in enumerate(continuity.windows(video["latents"])):
+            if continuity.quarter_of(span, video["latents"]) == quarter:
+                yield all(video["windows"][check][number] for check in CHECKS)
 
 
 def _leaps_at(video: dict[str, Any], joint: int) -> int:
@@ -73,33 +75,36 @@ def _joined(lists: Iterable[list[float]]) -> Iterator[float]:
 
 
 COLUMNS = {
-    "colour": ("colour", "{:.2f}"),
-    "background": ("background", "{:.2f}"),
-    "shape": ("shape", "{:.2f}"),
-    "motion": ("motion", "{:.2f}"),
-    "overlap": ("overlap", "{:.2f}"),
-    "first_quarter": ("all right, first quarter", "{:.2f}"),
-    "last_quarter": ("last quarter", "{:.2f}"),
-    "flicker": ("flicker at joints, median", "{:.2f}"),
-    "flicker_90": ("9 in 10 below", "{:.2f}"),
-    "between": ("between joints", "{:.2f}"),
-    "between_90": ("9 in 10 below", "{:.2f}"),
-    "leaps_at_joints": ("leaps per joint", "{:.2f}"),
-    "leaps_elsewhere": ("leaps per other latent frame", "{:.3f}"),
-    "wander": ("wander, px", "{:.0f}"),
+    "colour and background": "{colour:.2f}, {background:.2f}",
+    "shape": "{shape:.2f}",
+    "motion: still, bounces": "{motion_resting:.2f}",
+    "motion: left, right, up, down": "{motion_moving:.2f}",
+    "overlap": "{overlap:.2f}",
+    "all right, first and last quarter": "{first_quarter:.2f}, {last_quarter:.2f}",
+    "**flicker** at joints (9 in 10)": "**{flicker:.2f}** ({flicker_90:.2f})",
+    "the same between joints": "{between:.2f} ({between_90:.2f})",
+    "leaps per joint": "{leaps_at_joints:.2f}",
+    "per other latent frame": "{leaps_elsewhere:.3f}",
+    "wander, pixels": "{wander:.1f}",
 }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The configurations, a row each, as Markdown."""
-    lines = [_row(["", "videos", *(title for title, _ in COLUMNS.values())]), _row(["---"] * (2 + len(COLUMNS)))]
-    names = [c.name for c in configurations() if result["videos"].get(c.name)]
-    for name in names:
-        videos = list(result["videos"][name].values())
-        figures = summary(videos)
-        cells = ["" if figures[key] is None else form.format(figures[key]) for key, (_, form) in COLUMNS.items()]
-        lines.append(_row([name, len(videos), *cells]))
+def table(result: dict[str, Any], count: int) -> str:
+    """The configurations that have the first `count` videos, a row each, as Markdown."""
+    seeds = [str(question.seed) for question in questions(count)]
+    lines = [_row(["", *COLUMNS]), _row(["---"] * (1 + len(COLUMNS)))]
+    for configuration in configurations():
+        videos = result["videos"].get(configuration.name, {})
+        if all(seed in videos for seed in seeds):
+            figures = summary([videos[seed] for seed in seeds])
+            lines.append(_row([configuration.name, *(_cell(form, figures) for form in COLUMNS.values())]))
     return "\n".join(lines)
+
+
+def _cell(form: str, figures: dict[str, float | None]) -> str:
+    """Empty where a figure is missing."""
+    names = [name for _, name, _, _ in string.Formatter().parse(form) if name]
+    return form.format(**figures) if all(figures[name] is not None for name in names) else ""
 
 
 def _row(cells: list[Any]) -> str:
@@ -162,7 +167,8 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 0], help="those on the sheet, by number")
     arguments = parser.parse_args()
     found = json.loads(arguments.videos.read_text())
-    fill(arguments.doc, "table", table(found))
+    for count in COUNTS:
+        fill(arguments.doc, f"{count} videos", table(found, count))
     asked = questions(1 + max(arguments.prompts))
     shown = [(name, asked[number].seed) for number in arguments.prompts for name in SHEET]
     save_sheet(found, arguments.clips, shown, arguments.sheet)

@@ -28,6 +28,7 @@ Frames = continuity.Frames
 MOTIONS = ("right", "still", "bounce_y", "up", "left", "bounce_x", "down")
 FIRST_SEED = 2_000_000
 TRAINED_LATENTS = 13
+CHECKS = ("colour", "background", "shape", "motion")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,10 +137,11 @@ def figures(question: evaluate.Question, frames: Frames, joints: list[int], bloc
     centres = _centres(question, frames[:: continuity.FRAMES_OF_LATENT])
     return {
         "prompt": question.prompt,
+        "motion": question.scene.motion,
         "latents": latents,
         "joints": joints,
-        "windows": [{key: row[key] for key in ("colour", "background", "shape", "motion", "overlap")} for row in seen],
-        "seen": [row["seen"] for row in seen],
+        "windows": {check: [int(row[check]) for row in seen] for check in CHECKS},
+        "overlap": [row["overlap"] for row in seen],
         "flicker": _rounded(continuity.flicker(change, joints, joints, block_size)),
         "flicker_between": _rounded(continuity.flicker(change, middles, joints, block_size)),
         "leaps": continuity.leaps(centres),
@@ -195,8 +197,15 @@ def _opened(output: Path, latents: int) -> dict[str, Any]:
 
 
 def _write(output: Path, result: dict[str, Any]) -> None:
+    """A line for each video."""
+    head = json.dumps({**result, "environment": environment(), "videos": {}}, indent=1)
+    configurations = []
+    for name, videos in result["videos"].items():
+        rows = ",\n".join(f"   {json.dumps(seed)}: {json.dumps(row)}" for seed, row in videos.items())
+        configurations.append(f"  {json.dumps(name)}: {{\n{rows}\n  }}")
+    videos_text = '"videos": {\n' + ",\n".join(configurations) + "\n }"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({**result, "environment": environment()}, indent=1) + "\n")
+    output.write_text(head.replace('"videos": {}', videos_text) + "\n")
 
 
 def clip_path(clips: Path, configuration: str, seed: int, latents: int) -> Path:

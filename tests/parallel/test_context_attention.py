@@ -139,7 +139,8 @@ def softmax(own: Window, query: torch.Tensor, pairs: Sequence[tuple[torch.Tensor
     hidden = own.sizes.mask(own.tokens)
     if hidden is not None:
         scores[..., : hidden.shape[-1]].masked_fill_(~hidden, -torch.inf)
-    return scores.softmax(-1) @ values
+    attended: torch.Tensor = scores.softmax(-1) @ values
+    return attended
 
 
 def kernel_of(heads: Heads, storage: Storage = Storage.DEVICE) -> ContextAttention:
@@ -151,7 +152,10 @@ def run(
 ) -> list[torch.Tensor]:
     """A forward pass: what each layer's attention returns."""
     kernel.begin(tuple(takes), tuple(keeps))
-    results = [kernel(*window.parts(layer), window.sizes.mask(window.tokens)) for layer in range(LAYERS)]
+    results = []
+    for layer in range(LAYERS):
+        query, key, value = window.parts(layer)
+        results.append(kernel(query, key, value, window.sizes.mask(window.tokens)))
     kernel.finish()
     return results
 

@@ -109,7 +109,7 @@ def test_a_real_clip_has_no_fault_and_two_spliced_ones_have() -> None:
     (question,) = [q for q in long_videos.questions(7) if q.scene.motion == "right"]
     clip = real(question)
     found = long_videos.figures(question, clip, JOINTS, 8)
-    assert all(window[check] for window in found["windows"] for check in long_video_report.CHECKS)
+    assert found["windows"] == dict.fromkeys(long_videos.CHECKS, [1, 1, 1])
     assert (found["leaps"], found["wander"]) == ([], pytest.approx(0, abs=0.5))
     assert found["flicker"] == pytest.approx([1.0], abs=0.1)
 
@@ -119,7 +119,7 @@ def test_a_real_clip_has_no_fault_and_two_spliced_ones_have() -> None:
     assert found["leaps"] == [8]
     assert found["wander"] == pytest.approx(25, abs=1)
     assert found["flicker"][0] > 3
-    assert [window["motion"] for window in found["windows"]] == [True, False, True]  # only one goes across the joint
+    assert found["windows"]["motion"] == [1, 0, 1]  # only one goes across the joint
 
 
 # -- runs and reports -----------------------------------------------------------------------------------------------
@@ -152,10 +152,19 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def video(**given: Any) -> dict[str, Any]:
-    right = dict.fromkeys(long_video_report.CHECKS, True)
-    windows = [{**right, "overlap": 0.9} for _ in continuity.windows(32)]
-    plain = {"latents": 32, "joints": [8, 16, 24], "windows": windows, "flicker": [1.0, 1.2, 1.1]}
-    return {**plain, "flicker_between": [1.0] * 4, "leaps": [], "wander": 1.0, **given}
+    count = len(continuity.windows(32))
+    plain = {
+        "motion": "right",
+        "latents": 32,
+        "joints": [8, 16, 24],
+        "windows": {check: [1] * count for check in long_videos.CHECKS},
+        "overlap": [0.9] * count,
+        "flicker": [1.0, 1.2, 1.1],
+        "flicker_between": [1.0] * 4,
+        "leaps": [],
+        "wander": 1.0,
+    }
+    return {**plain, **given}
 
 
 def test_the_summary_counts_leaps_at_joints_and_elsewhere() -> None:
@@ -165,18 +174,26 @@ def test_the_summary_counts_leaps_at_joints_and_elsewhere() -> None:
     assert found["flicker"] == pytest.approx(1.1)
     assert found["motion"] == 1.0
     late = video()
-    late["windows"][-1]["shape"] = False
+    late["windows"]["shape"][-1] = 0
     found = long_video_report.summary([late])
     assert (found["first_quarter"], found["last_quarter"]) == (1.0, 0.0)
 
 
 def test_the_table_leaves_open_what_has_no_joints() -> None:
-    whole = video(joints=[], flicker=[], flicker_between=[1.0])
-    result = {"latents": 32, "videos": {"cache 8/4": {"1": video()}, "one piece, untrained length": {"1": whole}}}
-    rows = [line.split(" | ") for line in long_video_report.table(result).splitlines()]
-    assert [row[0] for row in rows[2:]] == ["| one piece, untrained length", "| cache 8/4"]
-    column = rows[0].index("flicker at joints, median")
-    assert [row[column] for row in rows[2:]] == ["", "1.10"]
+    seed, other = (str(question.seed) for question in long_videos.questions(2))
+    whole = video(joints=[], flicker=[], flicker_between=[1.0], motion="still")
+    videos = {"cache 8/4": {seed: video()}, "one piece, untrained length": {seed: whole}, "cache 8/8": {other: video()}}
+    rows = [line.split(" | ") for line in long_video_report.table({"latents": 32, "videos": videos}, 1).splitlines()]
+    assert [row[0] for row in rows[2:]] == [
+        "| one piece, untrained length",
+        "| cache 8/4",
+    ]  # 8/8 has not made the first
+    for title, cells in {
+        "**flicker** at joints (9 in 10)": ["", "**1.10** (1.18)"],
+        "motion: still, bounces": ["1.00", ""],
+        "colour and background": ["1.00, 1.00", "1.00, 1.00"],
+    }.items():
+        assert [row[rows[0].index(title)] for row in rows[2:]] == cells
 
 
 def test_the_sheet_marks_joints(tmp_path: Path) -> None:

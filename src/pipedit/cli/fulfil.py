@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shlex
 import time
 from collections.abc import Sequence
 
@@ -72,7 +73,7 @@ def _tell_run(session: Session, run: SavedRun) -> None:
     if run.goes_on:
         steps = 0 if run.snapshot is None else run.snapshot.at
         session.terminal.say(f"going on after {steps} steps of blocks, with {run.num_frames} frames that are there")
-    session.terminal.say(f"if it is stopped, go on with: pipedit generate --resume {run.folder}")
+    session.terminal.say(f"if it is stopped, go on with: pipedit generate --resume {shlex.quote(str(run.folder))}")
 
 
 def _run(session: Session, rendering: Rendering, display: Display) -> tuple[list[Result], list[Failure]]:

@@ -20,7 +20,8 @@ from pipedit.engine.saved_run import SavedRun
 from pipedit.engine.updates import Cancelled, Failed, Finished, Frames, Progress, Restarted, Update
 from pipedit.media import FrameWriter, open_writer
 
-STAGES = ("encode", "fetch", "onload", "denoise", "decode", "save", "write")  # in the order of work; some may be missing
+# In the order of work; some may be missing.
+STAGES = ("encode", "fetch", "onload", "denoise", "decode", "save", "write")
 _STAGE_OF = {"step": "denoise"}  # kinds of spans that people know by another name
 _CONTROLLER = -1  # the rank of the process that drives the workers: it writes the files
 

@@ -6,6 +6,7 @@ the work runs behind the host's back and a profiler sees more.
 
 import contextlib
 import dataclasses
+import datetime
 import threading
 from collections.abc import Callable, Iterator
 
@@ -57,9 +58,9 @@ class _Watched(Pending):
         if self._error is not None:
             raise self._error
 
-    def wait(self) -> None:
+    def wait(self, limit: datetime.timedelta | None = None) -> None:
         self.wait_received()
-        self._pending.wait()
+        self._pending.wait(limit)
 
     def _watch(self) -> None:
         try:

@@ -69,6 +69,10 @@ class BlockStageWork:
         """Blocks of the video under way that are finished, on the first stage."""
         return self._finished
 
+    def meet(self, epoch: int) -> None:
+        """Opens the links to the other stages, which do this at the same time, unless they are open."""
+        self._opened(epoch)
+
     def begin(
         self,
         request_id: str,

@@ -29,6 +29,7 @@ from pipedit.worker.snapshot_files import read_tree, write_tree
 from pipedit.worker.stages import Stages
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
+_DECODED_SINCE = 64  # blocks, at least as many as are decoded between two commands to the first stage
 
 
 class BlockWorker:
@@ -124,11 +125,12 @@ class BlockWorker:
         run, work = self._begin(command.request_id), self._work
         assert work is not None, f"rank {self._rank} is no stage"
         if command.first == 0 or command.resume is not None:
+            work.meet(command.epoch)  # before anything that can fail: else the others would wait for this one
             source = self._rank if command.conditioning_at is None else command.conditioning_at
             with self._fetching(run, Role.DENOISER):
                 conditioning = self._shelf.fetch(source, command.request_id, CONDITIONING)
             work.begin(command.request_id, command, conditioning, self._saved_denoising(command))
-        for block in range(command.decoded):
+        for block in range(max(command.decoded - _DECODED_SINCE, 0), command.decoded):
             self._shelf.drop_kind(command.request_id, _latents_of(block))
         for ran in work.run(command, lambda block: self._shelve(command.request_id, block)):
             for start_s, end_s in ran.passes:
