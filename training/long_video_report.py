@@ -164,7 +164,7 @@ if __name__ == "__main__":
     parser.add_argument("--clips", type=Path, default=Path("out/long_videos"))
     parser.add_argument("--doc", type=Path, default=Path("docs/long_video_quality.md"))
     parser.add_argument("--sheet", type=Path, default=Path("docs/images/long_video_contact_sheet.png"))
-    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 0], help="those on the sheet, by number")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 3], help="those on the sheet, by number")
     arguments = parser.parse_args()
     found = json.loads(arguments.videos.read_text())
     for count in COUNTS:

@@ -109,7 +109,7 @@ def test_a_real_clip_has_no_fault_and_two_spliced_ones_have() -> None:
     (question,) = [q for q in long_videos.questions(7) if q.scene.motion == "right"]
     clip = real(question)
     found = long_videos.figures(question, clip, JOINTS, 8)
-    assert found["windows"] == dict.fromkeys(long_videos.CHECKS, [1, 1, 1])
+    assert found["windows"] == {check: [1, 1, 1] for check in long_videos.CHECKS}
     assert (found["leaps"], found["wander"]) == ([], pytest.approx(0, abs=0.5))
     assert found["flicker"] == pytest.approx([1.0], abs=0.1)
 
@@ -187,7 +187,7 @@ def test_the_table_leaves_open_what_has_no_joints() -> None:
     assert [row[0] for row in rows[2:]] == [
         "| one piece, untrained length",
         "| cache 8/4",
-    ]  # 8/8 has not made the first
+    ]  # 8/8 lacks it
     for title, cells in {
         "**flicker** at joints (9 in 10)": ["", "**1.10** (1.18)"],
         "motion: still, bounces": ["1.00", ""],

@@ -42,6 +42,7 @@ class Inbox:
         self._channel, self._device = channel, device
         self._expected: collections.deque[tuple[tuple[torch.Tensor, ...], list[Pending]]] = collections.deque()
         self._taken = 0
+        self._grants: collections.deque[Pending] = collections.deque()  # of what is expected
 
     @property
     def waiting(self) -> int:
@@ -53,8 +54,7 @@ class Inbox:
         tensors = tuple(torch.empty(shape, dtype=parcel.dtype, device=self._device) for shape in parcel.shapes)
         coming = [self._channel.swap((None, None), (tensor, None)) for tensor in tensors]
         if self._channel.waits_on_host:
-            # It has reached the sender when the message has come.
-            coming.append(self._channel.swap((torch.tensor([self._taken]), None), (None, None)))
+            self._grants.append(self._channel.swap((torch.tensor([self._taken]), None), (None, None)))
         self._expected.append((tensors, coming))
 
     def take(self) -> tuple[torch.Tensor, ...]:
@@ -63,6 +63,8 @@ class Inbox:
         for pending in coming:
             pending.wait()
         self._taken += 1
+        if self._grants:
+            self._grants.popleft()  # the sender has it, since the message has come
         return tensors
 
     def close(self) -> None:
@@ -79,14 +81,19 @@ class Outbox:
         self._channel = channel
         self._limit = _ARRIVES if channel.waits_on_host else None
         self._leaving: collections.deque[list[Pending]] = collections.deque()
-        self._gone = 0  # messages that arrived
+        self._gone = 0  # messages that have arrived
 
     def send(self, tensors: Sequence[torch.Tensor]) -> None:
         """Starts to send, as soon as the receiver expects it. Memory: the tensors, until they were taken; they must not
         change any more."""
-        arrived = self._granted() if self._channel.waits_on_host else self._gone + len(self._leaving) - _UNDER_WAY + 1
-        while self._gone < arrived:
-            self._wait_for_oldest()
+        if self._channel.waits_on_host:
+            taken = self._granted()
+            while self._gone < taken:
+                self._leaving.popleft()  # nothing is left to wait for
+                self._gone += 1
+        else:
+            while len(self._leaving) >= _UNDER_WAY:
+                self._wait_for_oldest()
         self._leaving.append([self._channel.swap((None, tensor.contiguous()), (None, None)) for tensor in tensors])
 
     def flush(self) -> None:

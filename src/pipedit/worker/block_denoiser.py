@@ -18,11 +18,11 @@ from pipedit.core.blocks import BlockPlan, Kind, Op, Source
 from pipedit.models.adapter import BlockStage
 from pipedit.parallel.context_attention import ContextAttention, Keep, Take
 from pipedit.parallel.stage_links import Parcel, StageLinks
+from pipedit.plan.block_clock import RESULTS_SLACK
 from pipedit.worker.run import Clock, synchronize
 
 # What a block leaves: to its successor, and to its predecessor.
 _TAIL, _HEAD = "tail", "head"
-_SLACK = 2  # results that may be on their way beyond one for each stage
 
 Latents = torch.Tensor  # [1, C, f, H, W] float32
 
@@ -189,7 +189,7 @@ class BlockDenoiser:
         needed = {op.block: op.step}
         if self._windows.prefix(op.block):
             needed[op.block - 1] = op.step + 1
-        while len(self._outstanding) > self._depth + _SLACK or any(
+        while len(self._outstanding) > self._depth + RESULTS_SLACK or any(
             block in self._blocks and self._blocks[block].applied < steps for block, steps in needed.items()
         ):
             finished += self._apply_next()
