@@ -82,18 +82,20 @@ class Outbox:
         self._limit = _ARRIVES if channel.waits_on_host else None
         self._leaving: collections.deque[list[Pending]] = collections.deque()
         self._gone = 0  # messages that have arrived
+        self._grant = self._ask() if channel.waits_on_host else None
 
     def send(self, tensors: Sequence[torch.Tensor]) -> None:
         """Starts to send, as soon as the receiver expects it. Memory: the tensors, until they were taken; they must not
         change any more."""
-        if self._channel.waits_on_host:
-            taken = self._granted()
-            while self._gone < taken:
+        if self._grant is not None:
+            taken, coming = self._grant
+            coming.wait()
+            while self._gone < int(taken):
                 self._leaving.popleft()  # nothing is left to wait for
                 self._gone += 1
-        else:
-            while len(self._leaving) >= _UNDER_WAY:
-                self._wait_for_oldest()
+            self._grant = self._ask()
+        while self._grant is None and len(self._leaving) >= _UNDER_WAY:
+            self._wait_for_oldest()
         self._leaving.append([self._channel.swap((None, tensor.contiguous()), (None, None)) for tensor in tensors])
 
     def flush(self) -> None:
@@ -112,11 +114,10 @@ class Outbox:
                 self.flush()
         self._channel.abandon()
 
-    def _granted(self) -> int:
-        """Waits for the next message's grant; how many were taken by then."""
+    def _ask(self) -> tuple[torch.Tensor, Pending]:
+        """For the next message's grant: how many were taken by then, when it has come."""
         taken = torch.empty(1, dtype=torch.int64)
-        self._channel.swap((None, None), (None, taken)).wait()
-        return int(taken)
+        return taken, self._channel.swap((None, None), (None, taken))
 
     def _wait_for_oldest(self) -> None:
         for pending in self._leaving.popleft():

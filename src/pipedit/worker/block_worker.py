@@ -174,7 +174,8 @@ class BlockWorker:
             tree["decoding"] = decoder.save()
         path = rank_file(Path(command.path), self._rank)
         num_bytes = write_tree(path, tree, self._label(command, at=command.at, decoded=command.decoded))
-        run.note(self._placement.roles(self._rank)[0], "save", start, command.at, num_bytes)
+        role = Role.DECODER if work is None else Role.DENOISER
+        run.note(role, "save", start, command.at, num_bytes)
         return messages.BlocksSaved(**run.answer(), at=command.at, num_bytes=num_bytes, finished=finished)
 
     def _saved_denoising(self, command: messages.DenoiseBlocks) -> dict[str, Any] | None:
