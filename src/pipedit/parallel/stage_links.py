@@ -67,9 +67,6 @@ class Inbox:
             self._grants.popleft()  # the sender has it, since the message has come
         return tensors
 
-    def close(self) -> None:
-        self._channel.close()
-
     def abandon(self) -> None:
         self._channel.abandon()
 
@@ -102,10 +99,6 @@ class Outbox:
         """Waits until everything has arrived."""
         while self._leaving:
             self._wait_for_oldest()
-
-    def close(self) -> None:
-        self.flush()
-        self._channel.close()
 
     def abandon(self) -> None:
         if self._channel.waits_on_host:
@@ -155,13 +148,9 @@ class StageLinks:
         results_out = Outbox(hop("results", last, 0)) if number == last else None
         return cls(before=before, after=after, results_in=results_in, results_out=results_out)
 
-    def close(self) -> None:
-        """Ends the channels; every stage does, when all messages were taken."""
-        for end in self._ends():
-            end.close()
-
     def abandon(self) -> None:
-        """After a failure: stages that wait for this one fail too."""
+        """Ends the channels, after a failure too: stages that wait for this one fail. What was sent still arrives where
+        it is expected."""
         for end in self._ends():
             end.abandon()
 
