@@ -193,7 +193,12 @@ def test_workers_beside_each_other_are_processes(tiny_folder: Folder) -> None:
 def test_every_figure_is_there(tiny_folder: Folder) -> None:
     settings = {name: value for name, value in QUICK_SETTINGS["wan"].items() if name != "num_inference_steps"}
     bench = DisaggregationBench(
-        model=str(tiny_folder("wan")), settings=settings, steps={"few": 2}, prompts=3, rounds=2, only=("disaggregated",)
+        model=str(tiny_folder("wan")),
+        settings=settings,
+        steps={"few": 2},
+        prompts=10,
+        rounds=2,
+        only=("disaggregated",),
     )
     result = json.loads(json.dumps(disaggregation.run(bench)))
     assert result["prediction"] == rounds_used(2)
